@@ -133,7 +133,7 @@ class Space:
         active: dict[str, Array] = {}
         start = 0
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(u))
+            active[key] = self.activity(key, columns, active, len(u))
             block = u[:, start : start + variable.width]
             columns[key] = variable.sample(block, active[key] if variable.when else None)
             start += variable.width
@@ -143,12 +143,13 @@ class Space:
         """Which elements count, bool (n, *shape) per variable."""
         out: dict[str, Array] = {}
         for key in self.variables:
-            out[key] = self._activity(key, population.columns, out, len(population))
+            out[key] = self.activity(key, population.columns, out, len(population))
         return out
 
-    def _activity(
+    def activity(
         self, key: str, columns: Mapping[str, Array], active: Mapping[str, Array], n: int
     ) -> Array:
+        """Which elements of one variable count, given all earlier variables; (n, *shape)."""
         variable = self.variables[key]
         mask = np.ones((n, *variable.shape), dtype=bool)
         for condition in variable.when:
@@ -178,7 +179,7 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(population))
+            active[key] = self.activity(key, columns, active, len(population))
             if variable.when:
                 columns[key] = np.where(active[key], columns[key], variable.neutral).astype(
                     variable.dtype
@@ -190,7 +191,7 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(population))
+            active[key] = self.activity(key, columns, active, len(population))
             columns[key] = variable.repair(
                 np.asarray(columns[key]), active[key] if variable.when else None
             )
