@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -337,6 +338,16 @@ class Space:
             {key: variable.decode(population[key][i]) for key, variable in self.variables.items()}
             for i in range(len(population))
         ]
+
+    def plans(self, population: Population) -> list[Any]:
+        """What the user applies, one per candidate; decoded values unless a domain has more."""
+        return list(self.decode(population))
+
+    def export(self, plans: Mapping[int, Any], directory: Path) -> list[Path]:
+        """Writes plans (by group) into an existing directory; returns the files."""
+        from searchlab.result import write_plans
+
+        return write_plans(plans, directory)
 
     def population(self, values: Sequence[Mapping[str, Any]]) -> Population:
         """The inverse of `decode`, canonical. Raises SpaceError naming the variable."""
