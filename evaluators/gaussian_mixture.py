@@ -140,8 +140,8 @@ class MixtureProblem:
 
     def _posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x (B, d) float64; alpha, sigma (B, 1) or (1, 1)."""
-        means = torch.from_numpy(self.means).to(x.device)  # (k, d)
-        spread = torch.from_numpy(self.deviations).to(x.device) ** 2  # (k,)
+        means = torch.tensor(self.means).to(x.device)  # (k, d)
+        spread = torch.tensor(self.deviations).to(x.device) ** 2  # (k,)
         variance = alpha**2 * spread + sigma**2  # (B, k)
         offset = x[:, None, :] - alpha[:, :, None] * means  # (B, k, d)
         logits = torch.from_numpy(np.log(self.weights)).to(x.device) - 0.5 * (

@@ -194,7 +194,7 @@ def step_weights(
 
     Args:
         s: the start; alpha 0 (lambda = -inf) only without active points and for data.
-        t: the arrival; sigma 0 (lambda = +inf) likewise.
+        t: the arrival; sigma 0 (lambda = +inf) only without active points.
         active: the active points, finite lambda, all different from `s` and from one another.
         data: whether data predictions are expanded, else noise predictions.
         noise: needed when the interpolation variable is not lambda.
@@ -209,7 +209,8 @@ def step_weights(
         start = -t.alpha * math.expm1(-h)
     else:
         state = t.alpha / s.alpha
-        start = -t.sigma * math.expm1(h)
+        # sigma_t (e^h - 1), whose limit at sigma_t = 0 is alpha_t sigma_s / alpha_s.
+        start = -t.sigma * math.expm1(h) if t.sigma > 0 else -t.alpha * s.sigma / s.alpha
     p = len(active)
     if p == 0:
         return StepWeights(state, start, ())

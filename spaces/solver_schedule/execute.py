@@ -212,11 +212,13 @@ def _taylor_step(
 ) -> Tensor:
     noise = schedule.noise
     alpha, sigma = float(noise.alpha(time)), float(noise.sigma(time))
-    if start.alpha == 0 or sigma == 0:
-        # One of the ends of the log-SNR line: the limit of the order-1 step.
-        return (sigma / start.sigma) * start.state + (
-            alpha - sigma / start.sigma * start.alpha
-        ) * start.data
+    # At the ends of the log-SNR line: the limits of the order-1 step.
+    if start.alpha == 0:
+        return (sigma / start.sigma) * start.state + alpha * start.data
+    if sigma == 0 and step.prediction == "data":
+        return alpha * start.data
+    if sigma == 0:
+        return (alpha / start.alpha) * (start.state - start.sigma * start.noise)
     h = float(noise.log_snr(time)) - start.log_snr
     data = step.prediction == "data"
     origin = start.data if data else start.noise
@@ -230,7 +232,7 @@ def _taylor_step(
         if k == 1 and step.estimate_order is not None:
             use = use[: min(step.estimate_order, old)] + ([old] if corrected else [])
         weights = _solve([d[j] for j in use], k)
-        total = sum(w * differences[j] for w, j in zip(weights, use, strict=True))
+        total = torch.stack([w * differences[j] for w, j in zip(weights, use, strict=True)]).sum(0)
         if k == 1 and corrected == order_one:
             z = h if not data else -h
             total = total * relaxation_factor(step.relaxation, z, h, step.coefficient)
