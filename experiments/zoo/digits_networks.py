@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class _ResidualBlock(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.chunk(2, dim=-1)
         hidden = functional.layer_norm(x, x.shape[-1:])
         hidden = torch.addcmul(shift, hidden, 1 + scale)
         hidden = functional.silu(self.inner(hidden))
@@ -89,11 +90,23 @@ class DigitsDenoiserNet(nn.Module):
         condition: Tensor = functional.silu(self.condition(torch.cat(parts, dim=-1)))
         return condition
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """F(x, condition): (B, 64) scaled input and (B, 64) or (1, 64) condition to (B, 64)."""
+    def modulate(self, condition: Tensor) -> list[Tensor]:
+        """Scales and shifts of each block: (B, 64) condition to 3 of (B, 512)."""
+        return [cast(_ResidualBlock, block).modulation(condition) for block in self.blocks]
+
+    def forward(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+        """The raw output.
+
+        Args:
+            x: (B, 64) scaled input.
+            modulations: From `modulate`, each (B, 512), or (1, 512) for one condition of all rows.
+
+        Returns:
+            (B, 64).
+        """
         hidden = self.entry(x)
-        for block in self.blocks:
-            hidden = block(hidden, condition)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            hidden = block(hidden, modulation)
         hidden = functional.silu(functional.layer_norm(hidden, hidden.shape[-1:]))
         raw: Tensor = self.exit(hidden)
         return raw

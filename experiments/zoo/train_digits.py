@@ -35,7 +35,7 @@ from searchlab.experiments.zoo.digits_networks import (
     DigitsDenoiserNet,
 )
 
-__all__ = ["TrainingSettings", "main", "train_classifier", "train_denoiser"]
+__all__ = ["TrainingSettings", "digits_split", "main", "train"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def _denoising_loss(
     noisy = x + wide * noise
     c_skip = sigma_data**2 / total**2
     c_out = wide * sigma_data / total
-    raw = net(noisy / total, net.embed(sigma.log() / 4, labels, augmentation))
+    condition = net.embed(sigma.log() / 4, labels, augmentation)
+    raw = net(noisy / total, net.modulate(condition))
     target = (x - c_skip * noisy) / c_out
     return functional.mse_loss(raw, target)
 
@@ -277,26 +278,28 @@ def _write(net: nn.Module, path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: trains both models and writes three files into `--out`."""
-    defaults = TrainingSettings()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights and card")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="denoiser steps")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    options = parser.parse_args(arguments)
-    settings = TrainingSettings(steps=options.steps, seed=options.seed)
+def train(settings: TrainingSettings, out: Path) -> dict[str, Any]:
+    """Trains both models and writes two weights files and their card into a folder.
+
+    Args:
+        settings: Every value that shapes the weights.
+        out: Folder, made if it is missing; files there are replaced.
+
+    Returns:
+        The card.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    out: Path = options.out
+    try:
+        classifier, scale, classifier_figures = train_classifier(settings)
+        print(f"classifier {classifier_figures}", flush=True)
+        denoiser, denoiser_figures = train_denoiser(settings)
+        print(f"denoiser {denoiser_figures}", flush=True)
+    finally:
+        torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-
-    classifier, scale, classifier_figures = train_classifier(settings)
-    print(f"classifier {classifier_figures}", flush=True)
-    denoiser, denoiser_figures = train_denoiser(settings)
-    print(f"denoiser {denoiser_figures}", flush=True)
-
     mean = torch.tensor(load_digits().data / 8 - 1).mean(0)
-    card = {
+    card: dict[str, Any] = {
         "format": 1,
         "data": "scikit-learn load_digits, x = images / 8 - 1",
         "data_mean": [round(float(value), 9) for value in mean],
@@ -323,6 +326,18 @@ def main(arguments: list[str] | None = None) -> None:
         },
     }
     (out / "digits.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return card
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: trains both models and writes three files into `--out`."""
+    defaults = TrainingSettings()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and card")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="denoiser steps")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    options = parser.parse_args(arguments)
+    train(TrainingSettings(steps=options.steps, seed=options.seed), options.out)
 
 
 if __name__ == "__main__":
