@@ -146,7 +146,9 @@ class DigitsClassifier:
     def __init__(
         self, network: DigitsClassifierNet, weights_hash: str, *, feature_scale: float
     ) -> None:
+        # Channels last halves the time of convolutions with so few channels.
         self._network = network.eval().requires_grad_(False)
+        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model_hash = weights_hash
         self.feature_scale = feature_scale
 

@@ -23,11 +23,11 @@ import safetensors
 import sklearn
 import torch
 from safetensors.torch import save
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 from searchlab.errors import ConfigError
+from searchlab.experiments.zoo.digits import digits_images
 from searchlab.experiments.zoo.digits_networks import (
     AUGMENTATIONS,
     SIDE,
@@ -88,9 +88,7 @@ class TrainingSettings:
 
 def digits_split(settings: TrainingSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images, training labels, test images, test labels; images are (n, 64) in [-1, 1]."""
-    bunch = load_digits()
-    images = torch.tensor(bunch.data / 8 - 1, dtype=torch.float32)
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    images, labels = digits_images()
     order = np.random.default_rng(settings.split_seed).permutation(len(images))
     test, train = order[: settings.test_rows], order[settings.test_rows :]
     return images[train], labels[train], images[test], labels[test]
@@ -298,7 +296,7 @@ def train(settings: TrainingSettings, out: Path) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    mean = torch.tensor(load_digits().data / 8 - 1).mean(0)
+    mean = digits_images()[0].double().mean(0)
     card: dict[str, Any] = {
         "format": 1,
         "data": "scikit-learn load_digits, x = images / 8 - 1",

@@ -229,12 +229,17 @@ def test_kid_blocks_are_unbiased_and_their_error_is_honest() -> None:
     assert inside >= 25
 
 
-def test_kid_blocks_spread_an_ordered_set() -> None:
-    x = np.repeat(np.arange(4.0), 50)[:, None]
-    y = x[::-1].copy()
-    consecutive = [kid(x[j : j + 50], y[j : j + 50])[0] for j in range(0, 200, 50)]
-    _, error = kid(x, y, block=50)
-    assert error < 0.01 * np.std(consecutive)
+@pytest.mark.parametrize("order", ["sorted", "cyclic"])
+def test_kid_blocks_of_an_ordered_set_are_like_the_whole(order: str) -> None:
+    classes = np.arange(2000) % 10 if order == "cyclic" else np.arange(2000) // 200
+    data = 3 * np.eye(10)[classes] + 0.1 * np.random.default_rng(0).normal(size=(2000, 10))
+    samples = np.random.default_rng(1).permutation(data)
+    value, error = kid(samples, data, block=200)
+    consecutive = [kid(samples[j : j + 200], data[j : j + 200])[0] for j in range(0, 2000, 200)]
+    assert abs(value) < 3 * error
+    assert error < 0.02
+    if order == "sorted":
+        assert np.mean(consecutive) > 20 * error
 
 
 @pytest.mark.parametrize("block", [1, 11])

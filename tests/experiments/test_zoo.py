@@ -117,6 +117,7 @@ def test_odd_row_counts_agree_too(
     classifier: digits.DigitsClassifier,
     batch: tuple[Tensor, Tensor, Tensor],
 ) -> None:
+    # One row count lies beyond the rows of a single pass.
     x, sigma, labels = (torch.cat((value, value[:100])) for value in batch)
     reference = denoiser(*batch[:2], labels=batch[2])
     answer = denoiser(x[:rows], sigma[:rows], labels=labels[:rows])
@@ -288,7 +289,7 @@ def test_samples_are_close_to_the_data(
         statistics = reference.statistics()
         statistics.add(classifier(_sample(denoiser, noise, steps)))
         distances[steps] = frechet_distance(statistics, reference)
-    # White noise itself is at about 60, the data itself at 0.1 for this number of rows.
+    # White noise is at 32, the data itself at 0.1 for this number of rows.
     assert distances[10] < 2
     assert distances[2] > 5 * distances[10]
 
