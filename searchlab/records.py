@@ -129,7 +129,7 @@ class Records:
         ids, stage, fidelity, replicate, told_at_ask, attempts: integers (n,).
         keys: canonical keys; None where void.
         genotypes: packed candidates (`Space.unpack` reads them); empty where void.
-        evaluator: row ids of the evaluators (`evaluators()` of the run names the digests); 0 = none.
+        evaluator: row ids of the evaluators (see `evaluators()` of the run); 0 = none.
         state: int8 (n,), an index into `RECORD_STATES`.
         values, std_error: float64 (n, m), the user's sign; std_error is NaN where there is none.
         constraints, signals: float64 (n, c) and (n, s).
@@ -319,7 +319,7 @@ def item_rows(jobs: Jobs, evaluations: Evaluations) -> list[tuple[int, str, byte
         wide = np.asarray(scores, np.float64).ravel()
         if len(wide) > ITEMS_LIMIT:
             warnings.warn(
-                f"job {index} has {len(wide)} per-item scores; more than {ITEMS_LIMIT} are not kept",
+                f"job {index} has {len(wide)} item scores; more than {ITEMS_LIMIT} are not kept",
                 SearchlabWarning,
                 stacklevel=4,
             )

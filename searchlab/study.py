@@ -345,6 +345,7 @@ def _check_free(row: Mapping[str, Any], now: float) -> None:
 
 
 def _check_same(row: Mapping[str, Any], config: Any, space: str, seed: int) -> None:
+    differs: tuple[str, Any, Any] | None
     differs = _difference(json.loads(row["config"]), config, "config")
     for what, stored, given in (("space", row["space"], space), ("seed", int(row["seed"]), seed)):
         if differs is None and stored != given:
