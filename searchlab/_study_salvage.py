@@ -23,6 +23,7 @@ _BLOBS = ("key", "genotype", "values_blob", "std_error", "constraints", "signals
 _NUMBERS = _BLOBS[2:]
 _TEXTS = ("reason", "origin", "worker")
 _REALS = ("value", "cost_s", "predicted_mean", "predicted_sd", "started", "finished")
+_RANGES = {"state": (0, len(RECORD_STATES) - 1), "fidelity": (-(2**15), 2**15 - 1)}
 _NULL = {"key", "value", *_NUMBERS, *_REALS[1:4]}
 
 
@@ -63,10 +64,11 @@ def _read(path: Path) -> tuple[dict[int, str], dict[tuple[int, int], Row]]:
 
     with closing(sqlite3.connect(path)) as connection:
         connection.text_factory = lambda raw: raw.decode(errors="replace")
-        names: dict[int, str] = {}
-        for run, name in _scan(connection, "runs", ("run", "name")):
-            if isinstance(run, int) and isinstance(name, str):
-                names[run] = name
+        names = {
+            run: name
+            for run, name in _scan(connection, "runs", ("run", "name"))
+            if isinstance(run, int) and isinstance(name, str)
+        }
         rows: dict[tuple[int, int], Row] = {}
         for run, *row in _scan(connection, "records", ("run", *ROW_COLUMNS)):
             if isinstance(run, int) and _is_sound(row):
@@ -141,7 +143,7 @@ def _is_sound(row: list[Any]) -> bool:
         elif name in _REALS:
             sound = isinstance(value, float | int)
         else:
-            low, high = (0, len(RECORD_STATES) - 1) if name == "state" else (-(2**31), 2**31 - 1)
+            low, high = _RANGES.get(name, (-(2**31), 2**31 - 1))
             sound = isinstance(value, int) and low <= value <= high
         if not sound:
             return False

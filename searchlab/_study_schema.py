@@ -85,9 +85,7 @@ def tables() -> Tables:
     def key(name: str, kind: Any = sa.Integer, *, counts: bool = False) -> sa.Column[Any]:
         return sa.Column(name, kind, primary_key=True, autoincrement="auto" if counts else False)
 
-    meta = sa.Table(
-        "meta", metadata, key("key", text), column("value", text)
-    )  # fmt: skip
+    meta = sa.Table("meta", metadata, key("key", text), column("value", text))
     runs = sa.Table(
         "runs",
         metadata,
