@@ -72,8 +72,10 @@ class LinearBudget:
                 low = low + np.broadcast_to(np.minimum(*ends), variable.shape).sum()
                 high = high + np.broadcast_to(np.maximum(*ends), variable.shape).sum()
             else:
-                raise SpaceError(f"budget {self.name!r}: {key!r} is a {variable.kind}; "
-                                 "allowed: choices and integers")
+                raise SpaceError(
+                    f"budget {self.name!r}: {key!r} is a {variable.kind}; "
+                    "allowed: choices and integers"
+                )
         if low > self.upper or high < self.lower:
             raise SpaceError(
                 f"budget {self.name!r} allows [{self.lower}, {self.upper}] but every candidate "
@@ -103,9 +105,9 @@ class LinearBudget:
         """The sum per candidate, float64 (n,)."""
         total = np.full(len(population), self.offset)
         for key in self.table:
-            total += self.element_costs(
-                key, variables[key], population[key], active[key]
-            ).sum(axis=1)
+            total += self.element_costs(key, variables[key], population[key], active[key]).sum(
+                axis=1
+            )
         return total
 
     def holds(self, cost: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -63,7 +63,7 @@ class Space:
             raise SpaceError("a space without variables; allowed: one variable or more")
         for key, variable in self.variables.items():
             if not isinstance(variable, Variable):
-                raise SpaceError(f"{key!r} is {variable!r}; allowed: Choice, Integer, Real, Ordered")
+                raise SpaceError(f"{key!r} is {variable!r}; allowed: a Variable such as Choice")
         self._check_conditions()
         names = [budget.name for budget in self.constraints]
         if len(set(names)) < len(names):
@@ -78,7 +78,7 @@ class Space:
                 other = seen.get(condition.variable)
                 if other is None:
                     raise SpaceError(
-                        f"{key!r} depends on {condition.variable!r}, which is not declared before it"
+                        f"{key!r} depends on {condition.variable!r}, not declared before it"
                     )
                 if isinstance(condition, ActiveBelow) and not (
                     isinstance(other, Integer) and other.shape == () and variable.shape
@@ -123,9 +123,7 @@ class Space:
 
     def empty(self) -> Population:
         """A population of no candidates."""
-        return Population(
-            {k: np.empty((0, *v.shape), v.dtype) for k, v in self.variables.items()}
-        )
+        return Population({k: np.empty((0, *v.shape), v.dtype) for k, v in self.variables.items()})
 
     def sample(self, u: Array) -> Population:
         """Random valid candidates from uniforms (n, sample_width)."""
@@ -154,7 +152,8 @@ class Space:
         for condition in variable.when:
             other = columns[condition.variable]
             if isinstance(condition, ActiveBelow):
-                index = np.arange(variable.shape[0]).reshape(1, -1, *[1] * (len(variable.shape) - 1))
+                inner = [1] * (len(variable.shape) - 1)
+                index = np.arange(variable.shape[0]).reshape(1, -1, *inner)
                 limit = other.reshape(-1, *[1] * len(variable.shape)) + condition.offset
                 mask &= index < limit
             else:
@@ -411,8 +410,9 @@ def space_from_json(data: Mapping[str, Any]) -> Space:
         raise SpaceError("a space file needs a mapping 'variables'")
     extra = set(data) - {"variables", "constraints", "name"}
     if extra:
-        raise SpaceError(f"space file has keys {sorted(map(str, extra))}; allowed: variables, "
-                         "constraints, name")
+        raise SpaceError(
+            f"space file has keys {sorted(map(str, extra))}; allowed: variables, constraints, name"
+        )
     variables = {str(k): variable_from_json(str(k), v) for k, v in data["variables"].items()}
     constraints = []
     for part in data.get("constraints") or ():

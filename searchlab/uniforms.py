@@ -16,9 +16,7 @@ BOOTSTRAP = 400
 _WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
 
 
-def uniforms(
-    seed: int, purpose: int, first_id: int, n: int, width: int
-) -> NDArray[np.float64]:
+def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDArray[np.float64]:
     """Uniforms of the ids `first_id .. first_id + n - 1`.
 
     Args:

@@ -66,11 +66,16 @@ class Variable:
     uniforms_per_element: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        shape = (self.shape,) if isinstance(self.shape, int) else tuple(self.shape)
-        if any(int(size) < 1 for size in shape):
-            raise SpaceError(f"shape {shape} of a {self.kind}; allowed: sizes of at least 1")
-        object.__setattr__(self, "shape", tuple(int(size) for size in shape))
-        when = self.when if isinstance(self.when, tuple) else (self.when,)
+        # A bare size or condition and lists are accepted: what stands afterwards is a tuple.
+        given: Any = self.shape
+        sizes = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes):
+            raise SpaceError(f"shape {given!r} of a {self.kind}; allowed: sizes of at least 1")
+        object.__setattr__(self, "shape", tuple(int(size) for size in sizes))
+        given = self.when
+        when = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not all(isinstance(part, ActiveIf | ActiveBelow) for part in when):
+            raise SpaceError(f"condition {given!r} of a {self.kind}; allowed: ActiveIf, ActiveBelow")
         object.__setattr__(self, "when", when)
 
     @property
@@ -132,11 +137,11 @@ class Variable:
         """All single-element moves from one value (*shape) -> (k, *shape)."""
         raise NotImplementedError
 
-    def _json(self) -> dict[str, Any]:
+    def _json(self) -> Any:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        out = {self.kind: self._json()}
+        out: dict[str, Any] = {self.kind: self._json()}
         if self.shape:
             out["shape"] = list(self.shape)
         if self.when:
@@ -154,9 +159,7 @@ class Variable:
 def _move_each(value: Array, active: Array, options: Sequence[Any]) -> Array:
     """Copies of a value with one active element exchanged for each other option."""
     flat, flags = value.reshape(-1), active.reshape(-1)
-    moves = [
-        (i, option) for i in np.flatnonzero(flags) for option in options if option != flat[i]
-    ]
+    moves = [(i, option) for i in np.flatnonzero(flags) for option in options if option != flat[i]]
     out = np.repeat(flat[None], len(moves), axis=0)
     for row, (i, option) in enumerate(moves):
         out[row, i] = option
@@ -361,7 +364,8 @@ class Real(Variable):
         for i in np.flatnonzero(flags):
             for sign in (-1.0, 1.0):
                 row = flat.copy()
-                row[i] = min(self.high, max(self.low, row[i] + sign * self.step * (self.high - self.low)))
+                moved = row[i] + sign * self.step * (self.high - self.low)
+                row[i] = min(self.high, max(self.low, moved))
                 if row[i] != flat[i]:
                     rows.append(row)
         return np.array(rows, dtype=np.float64).reshape(len(rows), *value.shape)
