@@ -75,7 +75,7 @@ class Variable:
         given = self.when
         when = tuple(given) if isinstance(given, Sequence) else (given,)
         if not all(isinstance(part, ActiveIf | ActiveBelow) for part in when):
-            raise SpaceError(f"condition {given!r} of a {self.kind}; allowed: ActiveIf, ActiveBelow")
+            raise SpaceError(f"condition {given!r}; allowed: ActiveIf, ActiveBelow")
         object.__setattr__(self, "when", when)
 
     @property
