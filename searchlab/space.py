@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ class Space:
         active: dict[str, Array] = {}
         start = 0
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(u))
+            active[key] = self.activity(key, columns, active, len(u))
             block = u[:, start : start + variable.width]
             columns[key] = variable.sample(block, active[key] if variable.when else None)
             start += variable.width
@@ -148,12 +149,13 @@ class Space:
         """Which elements count, bool (n, *shape) per variable."""
         out: dict[str, Array] = {}
         for key in self.variables:
-            out[key] = self._activity(key, population.columns, out, len(population))
+            out[key] = self.activity(key, population.columns, out, len(population))
         return out
 
-    def _activity(
+    def activity(
         self, key: str, columns: Mapping[str, Array], active: Mapping[str, Array], n: int
     ) -> Array:
+        """Which elements of one variable count, given all earlier variables; (n, *shape)."""
         variable = self.variables[key]
         mask = np.ones((n, *variable.shape), dtype=bool)
         for condition in variable.when:
@@ -185,7 +187,7 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(population))
+            active[key] = self.activity(key, columns, active, len(population))
             if variable.when:
                 columns[key] = np.where(active[key], columns[key], variable.neutral).astype(
                     variable.dtype
@@ -217,7 +219,7 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            active[key] = self._activity(key, columns, active, len(population))
+            active[key] = self.activity(key, columns, active, len(population))
             columns[key] = variable.repair(
                 np.asarray(columns[key]), active[key] if variable.when else None
             )
@@ -295,6 +297,16 @@ class Space:
             {key: variable.decode(population[key][i]) for key, variable in self.variables.items()}
             for i in range(len(population))
         ]
+
+    def plans(self, population: Population) -> list[Any]:
+        """What the user applies, one per candidate; decoded values unless a domain has more."""
+        return list(self.decode(population))
+
+    def export(self, plans: Mapping[int, Any], directory: Path) -> list[Path]:
+        """Writes plans (by group) into an existing directory; returns the files."""
+        from searchlab.result import write_plans
+
+        return write_plans(plans, directory)
 
     def population(self, values: Sequence[Mapping[str, Any]]) -> Population:
         """The inverse of `decode`, canonical. Raises SpaceError naming the variable."""
