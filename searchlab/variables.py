@@ -140,7 +140,8 @@ class Variable:
         """The inverse of `decode`: an array of `dtype` and `shape`. Raises SpaceError."""
         given = np.asarray(value)
         array = given.astype(self.dtype)
-        if given.dtype.kind not in "biuf" or not np.array_equal(given, array):
+        numbers = given.dtype.kind in "biuf" and np.isfinite(given).all()
+        if not (numbers and np.array_equal(given, array)):
             raise SpaceError(f"value {value!r} for a {self.kind}; allowed: {_NUMBERS[self.kind]}")
         if array.shape != self.shape:
             raise SpaceError(f"value of shape {array.shape} for a {self.kind} of {self.shape}")

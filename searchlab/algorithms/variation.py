@@ -61,8 +61,12 @@ class UniformVariation:
             )
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "uniform", "crossover": self.crossover, "rate": self.rate,
-                "sure": self.sure}
+        return {
+            "name": "uniform",
+            "crossover": self.crossover,
+            "rate": self.rate,
+            "sure": self.sure,
+        }
 
     def width(self, space: Space) -> int:
         values = sum(variable.width for variable in space.variables.values())
