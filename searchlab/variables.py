@@ -233,7 +233,10 @@ class Choice(Variable):
         return self._rows((values >= 0) & (values < len(self.labels)))
 
     def repair(self, values: Array, active: Array | None = None) -> Array:
-        return np.clip(values, 0, len(self.labels) - 1).astype(self.dtype, copy=False)
+        # Codes are nearly always valid, and clipping costs as much as all the rest of a repair.
+        if values.dtype == self.dtype and (values < len(self.labels)).all():
+            return values
+        return np.clip(values, 0, len(self.labels) - 1).astype(self.dtype)
 
     @property
     def code_width(self) -> int:
