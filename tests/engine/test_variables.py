@@ -124,7 +124,7 @@ def test_ordered_repair_leaves_valid_rows_alone() -> None:
 def test_repair_clips() -> None:
     np.testing.assert_array_equal(Integer(0, 3).repair(np.array([-2, 1, 9])), [0, 1, 3])
     np.testing.assert_array_equal(Real(0, 1).repair(np.array([-2, 0.5, 9])), [0, 0.5, 1])
-    np.testing.assert_array_equal(Choice("ab".split("b")).repair(np.array([0, 7])), [0, 1])
+    np.testing.assert_array_equal(Choice(("a", "b")).repair(np.array([0, 7])), [0, 1])
 
 
 def test_encodings() -> None:
