@@ -68,11 +68,13 @@ class _Repair:
         budgets: Sequence[LinearBudget],
         active_of: Callable[[Population], Masks],
         canonicalise: Callable[[Population], Population],
+        revive: Callable[[Population, Population, Array], Population],
     ) -> None:
         self.variables = variables
         self.budgets = budgets
         self.active_of = active_of
         self.canonicalise = canonicalise
+        self.revive = revive
         self.blocks: list[_Block] = []
         first = 0
         for key, variable in variables.items():
@@ -126,7 +128,7 @@ class _Repair:
         )
 
     def step(self, population: Population, costs: Array, draw: Array, u: Array) -> Population:
-        """One change in every row, none of which is within its budgets.
+        """One change in every row, none of which is within its budgets; not canonical.
 
         Args:
             population: canonical rows.
@@ -185,7 +187,7 @@ class _Repair:
             flat = columns[block.key].reshape(len(population), block.variable.size)
             flat[rows, elements[move[rows]] - block.first] = values[move[rows]]
             columns[block.key] = flat.reshape(columns[block.key].shape)
-        return self.canonicalise(Population(columns))
+        return Population(columns)
 
     def _switch(self, row: Population, best: float, before: float) -> Population | None:
         """The best change of a controlling element, where it beats every plain change."""
@@ -277,6 +279,7 @@ def repair_budgets(
     budgets: Sequence[LinearBudget],
     active_of: Callable[[Population], Masks],
     canonicalise: Callable[[Population], Population],
+    revive: Callable[[Population, Population, Array], Population],
 ) -> Population:
     """Candidates near the given ones that keep all budgets at once.
 
@@ -291,11 +294,13 @@ def repair_budgets(
         budgets: what has to hold, one or more.
         active_of: the space's activity masks.
         canonicalise: the space's canonical spelling.
+        revive: (before, after, uniforms) -> after, canonical, with the elements drawn that a
+            change made active.
 
     Raises:
         SpaceError: a row that cannot be brought into the budgets; names the budget and the sum.
     """
-    work = _Repair(variables, budgets, active_of, canonicalise)
+    work = _Repair(variables, budgets, active_of, canonicalise, revive)
     costs = work.costs(population)
     outside = np.flatnonzero(~work.holds(costs))
     if not len(outside):
@@ -322,7 +327,10 @@ def _repair_rows(
     size = sum(variable.size for variable in work.variables.values())
     for attempt in range(2 * size + 2):
         draw = u[:, [(2 * attempt) % width, (2 * attempt + 1) % width]]
-        part = work.step(part, costs, draw, u)
+        changed = work.step(part, costs, draw, u)
+        # Drawn elements may be dear again, so that late attempts keep the neutral values.
+        late = attempt > size
+        part = work.canonicalise(changed) if late else work.revive(part, changed, u)
         costs = work.costs(part)
         done = work.holds(costs)
         for key, column in columns.items():

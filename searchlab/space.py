@@ -206,6 +206,7 @@ class Space:
             budgets=self.constraints,
             active_of=self.active,
             canonicalise=self.canonicalise,
+            revive=self._revive,
         )
         # A budget may have switched elements on: they take their place among their neighbours.
         return self._repair_bounds(population) if self._conditional else population
@@ -224,6 +225,26 @@ class Space:
                 np.asarray(columns[key]), active[key] if variable.when else None
             )
         return self.canonicalise(Population(columns))
+
+    def _revive(self, before: Population, after: Population, u: Array) -> Population:
+        """Draws the elements that a change made active, and canonicalises."""
+        if self._conditional:
+            was = self.active(before)
+            columns = dict(after.columns)
+            active: dict[str, Array] = {}
+            for key, variable in self.variables.items():
+                active[key] = self.activity(key, columns, active, len(after))
+                born = active[key] & ~was[key]
+                if not born.any():
+                    continue
+                # Few uniforms serve many elements here: drawn values may repeat within a row.
+                block = np.resize(u.T, (variable.width, len(u))).T
+                fresh = variable.sample(block, active[key])
+                columns[key] = variable.repair(
+                    np.where(born, fresh, columns[key]).astype(variable.dtype), active[key]
+                )
+            after = Population(columns)
+        return self.canonicalise(after)
 
     def is_feasible(self, population: Population) -> NDArray[np.bool_]:
         """Which rows keep bounds and budgets, bool (n,)."""
