@@ -37,9 +37,7 @@ class _Node:
     """One point of a trajectory: the state a model is called at and what it answered."""
 
     state: Tensor
-    restart: (
-        Tensor | None
-    )  # state later steps start from at the point BEFORE, where a corrector acts
+    restart: Tensor | None  # state later steps start from at the point BEFORE, where a corrector acts
     output: Tensor | None
     parent: _Node | None
     digest: bytes
@@ -134,8 +132,7 @@ class PrefixTree:
         for start in range(0, len(order), self._per_call):
             batch = order[start : start + self._per_call]
             for i, state in zip(
-                batch,
-                self._batch([tables[i] for i in batch], [digests[i] for i in batch]),
+                batch, self._batch([tables[i] for i in batch], [digests[i] for i in batch]),
                 strict=True,
             ):
                 out[i] = state
@@ -177,7 +174,9 @@ class PrefixTree:
         self._shrink()
         return [path[-1].state[: self._rows] for path in paths]
 
-    def _arrive(self, table: CoefficientTable, k: int, path: list[_Node], digest: bytes) -> _Node:
+    def _arrive(
+        self, table: CoefficientTable, k: int, path: list[_Node], digest: bytes
+    ) -> _Node:
         if k == 0:
             return _Node(self._x, None, None, None, digest)
         restart = None

@@ -504,10 +504,8 @@ class _Known:
         evaluations = records.evaluations()
         m = len(stage.evaluator.objectives)
         if len(records) and records.values.shape[1] < m:
-            raise StudyError(
-                f"records of stage {stage.name!r} have {records.values.shape[1]} "
-                f"values per candidate; the evaluator gives {m}"
-            )
+            raise StudyError(f"records of stage {stage.name!r} have {records.values.shape[1]} "
+                             f"values per candidate; the evaluator gives {m}")
         evaluations.values = evaluations.values[:, :m].reshape(len(records), m)
         self.losses = losses(evaluations, stage.evaluator.objectives)
         self.violation = np.zeros(len(records))

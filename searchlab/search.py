@@ -71,16 +71,12 @@ def _pace(config: SearchConfig, algorithm: Algorithm, workers: int, store: Store
     return _Pace(lag, chunk)
 
 
-def _build(
-    stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store
-) -> Algorithm:
+def _build(stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store) -> Algorithm:
     seeds = stage.seeds or Seeds(stage.space.empty(), ())
     if stage.adopt is not None:
         if index == 0:
             raise ConfigError(f"stage {stage.name!r} adopts, but there is no stage before it")
-        adopted = stage.adopt(
-            stage_answers(store, config.stages[index - 1], index - 1), stage.space
-        )
+        adopted = stage.adopt(stage_answers(store, config.stages[index - 1], index - 1), stage.space)
         seeds = Seeds(
             Population.concat([seeds.population, adopted.population]),
             (*seeds.origin, *adopted.origin),

@@ -47,14 +47,11 @@ class Executor(Protocol):
     def workers(self) -> int: ...
     def start(self, evaluators: tuple[Evaluator, ...]) -> None:
         """Sets the evaluators up, once per worker."""
-
     def has_room(self) -> bool:
         """Whether another chunk could begin soon."""
-
     def submit(self, chunk: Chunk) -> None: ...
     def wait(self, timeout: float | None = None) -> list[Done]:
         """All chunks finished by now; waits for at least one if any is open."""
-
     def close(self) -> None: ...
 
 

@@ -309,9 +309,7 @@ class ReleasedVariation:
 
     def width(self, space: Space) -> int:
         m = _solver_space(space).most
-        return (
-            9 + 3 * m + 6 + 2 * m + 2 * m + 4 * m + 2 * m + 2 * m + 2 * m + 4 + space.repair_width
-        )
+        return 9 + 3 * m + 6 + 2 * m + 2 * m + 4 * m + 2 * m + 2 * m + 2 * m + 4 + space.repair_width
 
     def vary(
         self,

@@ -8,7 +8,6 @@ import pytest
 from searchlab.study import Database, MemoryRun, Run
 from searchlab.testing.study import StudySuite
 
-
 class TestMemoryRun(StudySuite):
     @pytest.fixture()
     def store(self) -> MemoryRun:
