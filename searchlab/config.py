@@ -168,9 +168,7 @@ class Stage:
     def fidelity_index(self) -> int:
         n = len(self.evaluator.fidelities)
         if not -n <= self.fidelity < n:
-            raise ConfigError(
-                f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}"
-            )
+            raise ConfigError(f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}")
         return self.fidelity % n
 
 
