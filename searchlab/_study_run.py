@@ -350,7 +350,10 @@ class Run(Recorder):
 
         # The driver's own tuples: rows of SQLAlchemy would double the time of a large read.
         result = connection.execute(sa.text(statement), values)
-        return cast("list[Row]", result.cursor.fetchall() if result.cursor else [])
+        rows = cast("list[Row]", result.cursor.fetchall() if result.cursor else [])
+        if connection.dialect.name == "sqlite":
+            return rows
+        return [tuple(bytes(v) if isinstance(v, memoryview) else v for v in row) for row in rows]
 
     @staticmethod
     def _execute(connection: Connection, statement: str, **values: Any) -> int:
