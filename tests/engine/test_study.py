@@ -23,6 +23,7 @@ from searchlab import _study_schema
 from searchlab._study_lease import Owner
 from searchlab.errors import RunInUseError, SearchlabWarning, StudyError
 from searchlab.evaluator import Objective
+from searchlab.experiments.benchmarks import study as benchmark
 from searchlab.population import FAILED, OK, Evaluations, Jobs
 from searchlab.space import Space
 from searchlab.study import Database, MemoryRun, Records, Run, Store
@@ -592,6 +593,23 @@ def test_values_of_other_runs_answer_only_when_asked_and_of_one_space(tmp_path: 
     assert find(first) == expected
 
 
+@pytest.mark.parametrize("other_runs", [True, False])
+def test_lookup_goes_by_the_index_of_keys(tmp_path: Path, other_runs: bool) -> None:
+    run = open_run(Database(tmp_path / "study.db"))
+    fill(run, 1)
+    statements: list[str] = []
+    driver: Any = run._connection.connection.driver_connection
+    driver.set_trace_callback(statements.append)
+    run.lookup(
+        make_jobs([1, 2]).keys, evaluator=EVALUATOR, fidelity=0, replicate=0, other_runs=other_runs
+    )
+    driver.set_trace_callback(None)
+    (statement,) = [text for text in statements if "FROM records" in text]
+    plan = str(driver.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
+    assert "USING INDEX records_key (key=?)" in plan
+    assert "autoindex_records" not in plan
+
+
 @pytest.mark.parametrize("value", ["sqlite://", ":memory:", "", "sqlite:///:memory:"])
 def test_databases_in_memory_are_refused(value: str) -> None:
     with pytest.raises(StudyError, match="allowed: a file"):
@@ -908,6 +926,16 @@ def test_csv_of_stages_with_their_own_spaces(tmp_path: Path) -> None:
     assert [(line["a"], line["b"]) for line in lines] == [("3", ""), ("", "3")]
     with pytest.raises(StudyError, match="1 spaces; allowed: one per stage, so 2"):
         store.export_csv(tmp_path / "table.csv", spaces[:1], (Objective("value"),))
+
+
+def test_the_benchmark_runs_in_its_quick_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["--quick", "--folder", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == [case.name for case in benchmark.cases(True)]
+    assert all(line["per_s"] > 0 for line in lines)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_the_study_loads_no_database_package() -> None:
