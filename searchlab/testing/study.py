@@ -44,7 +44,7 @@ def write(
 class StudySuite:
     """Inherit, and supply a fixture `store` that gives an empty store which is open for writing."""
 
-    @pytest.fixture()
+    @pytest.fixture
     def store(self) -> Store:
         """An empty store."""
         raise NotImplementedError("supply the fixture 'store'")
@@ -176,12 +176,12 @@ class StudySuite:
 
     def test_a_job_is_recorded_once(self, store: Store) -> None:
         write(store, make_jobs([0, 1]))
-        with pytest.raises(StudyError, match="job 1 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 1 .* recorded already"):
             write(store, make_jobs([1, 2]))
         store.commit()
-        with pytest.raises(StudyError, match="job 0 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 0 .* recorded already"):
             store.record_void([0], 0, 0)
-        with pytest.raises(StudyError, match="job 7 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 7 .* recorded already"):
             write(store, make_jobs([7, 7]))
         write(store, make_jobs([2]))
         store.commit()
@@ -194,7 +194,7 @@ class StudySuite:
 
     def test_parts_of_different_length_are_refused(self, store: Store) -> None:
         jobs = make_jobs([0, 1])
-        with pytest.raises(StudyError, match="2 jobs .* 1 evaluations"):
+        with pytest.raises(StudyError, match=r"2 jobs .* 1 evaluations"):
             write(store, jobs, Evaluations(np.zeros(1)))
         with pytest.raises(StudyError, match="predictions of shape"):
             write(store, jobs, predicted=(np.zeros(3), np.zeros(3)))
