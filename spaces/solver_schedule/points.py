@@ -310,7 +310,9 @@ def dpm_solver_3s(
             inner points and a second derivative.
     """
     at = singlestep_times(times, noise, fractions=ratios)
-    return singlestep(at, noise, block=3, prediction=prediction, relaxation=relaxation, taylor=taylor)
+    return singlestep(
+        at, noise, block=3, prediction=prediction, relaxation=relaxation, taylor=taylor
+    )
 
 
 def _relaxation_of(variant: str) -> Relaxation:

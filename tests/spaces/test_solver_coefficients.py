@@ -345,7 +345,9 @@ def test_canonical_keeps_what_is_alive() -> None:
         interpolation="rho",
     )
     assert alive.canonical() == alive
-    implicit = replace(alive, steps=(replace(alive.steps[0], corrector="implicit"), *alive.steps[1:]))
+    implicit = replace(
+        alive, steps=(replace(alive.steps[0], corrector="implicit"), *alive.steps[1:])
+    )
     assert implicit.canonical().steps[1] == Step(5.0)
 
 

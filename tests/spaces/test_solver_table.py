@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,6 +24,15 @@ from searchlab.spaces.solver_schedule import (
     compile_schedule,
 )
 from searchlab.spaces.solver_schedule.execute import CountingDenoiser, run_stepwise, run_table
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Thousands of small operations: more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _start(problem: MixtureProblem, schedule: Schedule, n: int = 8) -> torch.Tensor:
@@ -310,7 +321,7 @@ def test_flow_order_one_is_euler_from_pure_noise_to_data(prediction: str) -> Non
     schedule = Schedule(noise, 1.0, tuple(Step(float(t), prediction) for t in times[1:]))
     x = problem.start_noise(16, seed=8)
     answer = run_table(compile_schedule(schedule), problem.denoise, x)
-    for now, after in zip(times, times[1:], strict=False):
+    for now, after in pairwise(times):
         t = torch.full((16,), now, dtype=torch.float64)
         velocity = (x - problem.denoise(x, t)) / now
         x = x + (after - now) * velocity
@@ -343,7 +354,9 @@ def test_discrete_schedule_runs_to_the_clean_time() -> None:
 
 def test_noise_steps_reach_sigma_zero_behind_a_corrector() -> None:
     problem = MixtureProblem(Edm())
-    schedule = _edm(Step(10.0, "noise"), Step(1.0, "noise", 2, corrector="pseudo"), Step(0, "noise"))
+    schedule = _edm(
+        Step(10.0, "noise"), Step(1.0, "noise", 2, corrector="pseudo"), Step(0, "noise")
+    )
     x = 80.0 * problem.start_noise(4, seed=8)
     a = run_table(compile_schedule(schedule), problem.denoise, x)
     b = run_stepwise(schedule, problem.denoise, x)
