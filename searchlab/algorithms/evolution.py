@@ -1,0 +1,239 @@
+"""Steady-state evolution: nothing dies, parents are the best of all that was told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told, no_parents
+from searchlab.algorithms.variation import UniformVariation, Variation
+from searchlab.errors import ConfigError
+from searchlab.population import Population
+from searchlab.space import Space
+
+__all__ = ["Evolution", "ParentRule"]
+
+_EVERYWHERE = 0  # the niche of a search without niches
+
+
+@dataclass(frozen=True)
+class ParentRule:
+    """Which of the told candidates become parents.
+
+    Attributes:
+        kind: "power" draws rank floor(mu * u**2) of the best mu; "rank" draws uniformly among the
+            best mu; "threshold" draws uniformly among those (at most `limit`) whose loss is within
+            `margin` of the best.
+        mu: how many; None = 8 + floor(told / 250), at most 40. It depends on what was told, never
+            on the budget, so that a longer run continues a shorter one.
+        margin: for "threshold", in the objective's unit.
+        limit: the largest pool that is kept.
+    """
+
+    kind: Literal["power", "rank", "threshold"] = "power"
+    mu: int | None = None
+    margin: float = 0.0
+    limit: int = 40
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("power", "rank", "threshold"):
+            raise ConfigError(f"parents {self.kind!r}; allowed: power, rank, threshold")
+        if self.mu is not None and not 1 <= self.mu <= self.limit:
+            raise ConfigError(f"mu {self.mu}; allowed: 1 to {self.limit}")
+
+    def count(self, told: int) -> int:
+        return self.mu if self.mu is not None else min(self.limit, 8 + told // 250)
+
+
+@dataclass
+class _Pool:
+    """The best candidates of one niche, best first."""
+
+    population: Population
+    ids: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    violation: NDArray[np.float64]
+    told: int = 0
+
+    def merge(self, told: Told, rows: NDArray[np.int64], limit: int) -> None:
+        self.told += len(rows)
+        loss = told.losses[rows, 0]
+        keep = rows[np.isfinite(loss)]
+        if not len(keep):
+            return
+        if len(self.ids) == limit and len(keep) > limit:
+            # Most late candidates cannot enter: leave them out before the columns are joined.
+            worst = (self.violation[-1], self.loss[-1])
+            v, f = told.violation[keep], told.losses[keep, 0]
+            keep = keep[(v < worst[0]) | ((v == worst[0]) & (f <= worst[1]))]
+            if not len(keep):
+                return
+        ids = np.concatenate([self.ids, told.ids[keep]])
+        loss = np.concatenate([self.loss, told.losses[keep, 0]])
+        violation = np.concatenate([self.violation, told.violation[keep]])
+        order = np.lexsort((-ids, loss, violation))[:limit]
+        population = Population.concat([self.population, told.population.take(keep)])
+        self.population = population.take(order)
+        self.ids, self.loss, self.violation = ids[order], loss[order], violation[order]
+
+
+class Evolution(Algorithm):
+    """Steady-state evolution with rank-based parents and certain mutation.
+
+    The default was measured on hidden strings, NK landscapes and NAS-Bench-201: 16 random starts,
+    parents from the best 8 to 40, crossover .8, one sure mutation. Published presets set `parents`,
+    `variation`, `n_random` and `repeats` to what their authors ran.
+
+    Args:
+        space, seed, first_id, seeds, repeats: see `Algorithm`.
+        n_random: random starts after the seeds.
+        parents: see `ParentRule`.
+        variation: crossover and mutation; the space's own operator is handed in by the recipe.
+        niche: name of an integer-valued static cost (`space.cost`): one pool per value, children
+            are meant for a niche drawn uniformly among `niches`. Losses of different niches are
+            never compared.
+        niches: the niches that children are meant for; all others keep their pools only.
+        neighbour: with niches, the probability that the parents of a child come from the next
+            lower or higher niche, so that a longer schedule can start from a shorter one.
+        quantum: candidates per ask group.
+    """
+
+    name: ClassVar[str] = "evolution"
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int = 0,
+        first_id: int = 0,
+        seeds: Seeds | None = None,
+        repeats: Literal["redraw", "allow"] = "redraw",
+        n_random: int = 16,
+        parents: ParentRule | None = None,
+        variation: Variation | None = None,
+        niche: str | None = None,
+        niches: tuple[int, ...] = (),
+        neighbour: float = 0.0,
+        quantum: int = 1,
+    ) -> None:
+        super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
+        if n_random < 0 or quantum < 1:
+            raise ConfigError(f"n_random {n_random}, quantum {quantum}; allowed: >= 0 and >= 1")
+        if (niche is None) != (not niches):
+            raise ConfigError(f"niche {niche!r} with niches {niches}; allowed: both or none")
+        self.n_random = n_random
+        self.parents = parents or ParentRule()
+        self.variation: Variation = variation or UniformVariation()
+        self.niche = niche
+        self.niches = tuple(sorted(niches))
+        self.neighbour = neighbour
+        self.quantum = quantum
+        self._pools: dict[int, _Pool] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "n_random": self.n_random,
+            "parents": vars(self.parents),
+            "variation": self.variation.settings(),
+            "niche": self.niche,
+            "niches": list(self.niches),
+            "neighbour": self.neighbour,
+        }
+
+    def _width(self) -> int:
+        own = 5 + self.variation.width(self.space)
+        return max(own, 5 + self.space.sample_width)
+
+    def _learn(self, told: Told) -> None:
+        if self.niche is None:
+            niches = np.full(len(told.ids), _EVERYWHERE)
+        else:
+            niches = np.rint(self.space.cost(told.population)[self.niche]).astype(np.int64)
+        for value in np.unique(niches).tolist():
+            pool = self._pools.get(value)
+            if pool is None:
+                none = np.empty(0)
+                pool = _Pool(self.space.empty(), np.empty(0, np.int64), none, none)
+                self._pools[value] = pool
+            pool.merge(told, np.flatnonzero(niches == value), self.parents.limit)
+
+    def _draw(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw | None:
+        start = self.first_id + len(self.seeds.population) + self.n_random
+        usable = any(len(pool.ids) for pool in self._pools.values())
+        random = (ids < start) | (not usable)
+        if random.all():
+            population = self.space.sample(u[:, 5 : 5 + self.space.sample_width])
+            return Draw(population, ["random"] * len(ids), no_parents(len(ids)))
+        if random.any():
+            first = self._draw(ids[random], u[random], strength)
+            second = self._draw(ids[~random], u[~random], strength)
+            assert first is not None and second is not None
+            return Draw(
+                Population.concat([first.population, second.population]),
+                [*first.origin, *second.origin],
+                np.concatenate([first.parents, second.parents]),
+            )
+        return self._vary(u, strength)
+
+    def _vary(self, u: NDArray[np.float64], strength: float) -> Draw:
+        targets, homes = self._niches(u)
+        rows_a = np.empty(len(u), dtype=np.int64)
+        rows_b = np.empty(len(u), dtype=np.int64)
+        pools, offset, offsets = [], 0, {}
+        for value in np.unique(homes).tolist():
+            pool = self._pools[value]
+            here = homes == value
+            count = self._parent_count(pool)
+            rows_a[here] = offset + self._ranks(u[here, 2], count)
+            rows_b[here] = offset + self._ranks(u[here, 3], count)
+            offsets[value] = offset
+            offset += len(pool.ids)
+            pools.append(pool)
+        population = (
+            pools[0].population
+            if len(pools) == 1
+            else Population.concat([pool.population for pool in pools])
+        )
+        all_ids = np.concatenate([pool.ids for pool in pools])
+        children = self.variation.vary(
+            self.space,
+            population.take(rows_a),
+            population.take(rows_b),
+            u[:, 5 : 5 + self.variation.width(self.space)],
+            strength=strength,
+            targets=targets if self.niche is not None else None,
+        )
+        parents = np.stack([all_ids[rows_a], all_ids[rows_b]], axis=1)
+        return Draw(children, ["vary"] * len(u), parents)
+
+    def _niches(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The niche each child is meant for, and the niche its parents come from."""
+        filled = sorted(value for value, pool in self._pools.items() if len(pool.ids))
+        if self.niche is None:
+            everywhere = np.full(len(u), filled[0])
+            return everywhere, everywhere
+        wanted = np.array(self.niches)
+        targets = wanted[(u[:, 0] * len(wanted)).astype(np.int64)]
+        homes = targets.copy()
+        for row, (target, chance) in enumerate(zip(targets.tolist(), u[:, 1], strict=True)):
+            near = [value for value in (target - 1, target + 1) if value in filled]
+            if near and (target not in filled or chance < self.neighbour):
+                share = chance / self.neighbour if target in filled else chance
+                homes[row] = near[min(int(share * len(near)), len(near) - 1)]
+            elif target not in filled:
+                homes[row] = min(filled, key=lambda value: (abs(value - target), value))
+        return targets, homes
+
+    def _parent_count(self, pool: _Pool) -> int:
+        if self.parents.kind == "threshold":
+            close = pool.loss <= pool.loss[0] + self.parents.margin
+            return max(1, int((close & (pool.violation <= pool.violation[0])).sum()))
+        return min(len(pool.ids), self.parents.count(pool.told))
+
+    def _ranks(self, u: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+        shaped = u * u if self.parents.kind == "power" else u
+        return (shaped * count).astype(np.int64)

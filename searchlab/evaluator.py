@@ -1,0 +1,262 @@
+"""What a candidate is worth: the evaluator's protocol, its objectives, fidelities and identity."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from searchlab.errors import ConfigError, EvaluationError
+from searchlab.population import Evaluations, Jobs
+from searchlab.space import Space
+
+__all__ = [
+    "REPORT_REPLICATE",
+    "SELECTION_REPLICATE",
+    "Evaluator",
+    "Fidelity",
+    "FunctionEvaluator",
+    "Objective",
+    "Signal",
+    "environment",
+    "evaluator",
+    "identity_digest",
+    "losses",
+]
+
+# Replicates below the first number belong to the search; the engine refuses the others there.
+SELECTION_REPLICATE = 2**19
+REPORT_REPLICATE = 2**20
+
+Reproducibility = Literal["exact", "batch", "noisy"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One figure to optimise.
+
+    Attributes:
+        name: column name.
+        direction: "min" or "max", in the user's sign.
+        scope: "portable" (quality) or "device_bound" (latency, memory).
+        unit: shown in tables.
+    """
+
+    name: str
+    direction: Literal["min", "max"] = "min"
+    scope: Literal["portable", "device_bound"] = "portable"
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("min", "max"):
+            raise ConfigError(f"direction {self.direction!r} of {self.name!r}; allowed: min, max")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How thoroughly a candidate is measured; `cost` is relative to the last, which is the truth."""
+
+    name: str
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A cheap quantity that says something about a candidate."""
+
+    name: str
+    direction: Literal["min", "max"] = "min"
+    unit: str = ""
+    cost_s: float = 0.0
+    when: Literal["static", "with_evaluation", "on_request"] = "with_evaluation"
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores whole chunks of candidates.
+
+    `evaluate` is called by the executor with jobs of one fidelity and one replicate, at most
+    `chunk` of them (None = any number), and returns rows in the order of the jobs. It may raise:
+    the executor then makes every row of the chunk `failed` with the reason.
+    `reproducibility` says what a value is a function of: "exact" = (candidate, fidelity,
+    replicate), "batch" = the whole chunk, "noisy" = nothing is claimed.
+    """
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]: ...
+    @property
+    def fidelities(self) -> tuple[Fidelity, ...]: ...
+    @property
+    def signals(self) -> tuple[Signal, ...]: ...
+    @property
+    def reproducibility(self) -> Reproducibility: ...
+    def setup(self) -> None:
+        """Loads what is needed; called once per worker, before the first chunk."""
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        """Values of all jobs, in order."""
+    def identity(self) -> Mapping[str, Any]:
+        """JSON that determines the values: version, model and data hashes, settings, dtype."""
+
+
+def environment() -> dict[str, str]:
+    """What was true around the values: recorded, not part of the identity."""
+    import importlib.metadata
+
+    out = {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu"}
+    for package in ("searchlab", "numpy", "torch", "diffusers"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def identity_digest(evaluator: Evaluator) -> str:
+    """Hex digest of an evaluator's identity; equal digests share cached values."""
+    try:
+        text = json.dumps(
+            {
+                "class": type(evaluator).__name__,
+                "objectives": [(o.name, o.direction) for o in evaluator.objectives],
+                "fidelities": [f.name for f in evaluator.fidelities],
+                **evaluator.identity(),
+            },
+            sort_keys=True,
+        )
+    except TypeError as error:
+        raise EvaluationError(f"identity of {type(evaluator).__name__} is not JSON: {error}") from None
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def losses(evaluations: Evaluations, objectives: Sequence[Objective]) -> np.ndarray[Any, Any]:
+    """What an algorithm minimises: float64 (n, m), +inf in rows that are not ok, never NaN."""
+    signs = np.array([1.0 if o.direction == "min" else -1.0 for o in objectives])
+    assert evaluations.state is not None
+    out = evaluations.values * signs
+    return np.where((evaluations.state == 0)[:, None] & np.isfinite(out), out, np.inf)
+
+
+@dataclass
+class FunctionEvaluator:
+    """A Python function as an evaluator.
+
+    Args:
+        function: `f(**values)` for a plain function; `f(plans, fidelity, seed)` with `batch`, where
+            plans is a list of decoded dicts; `f(columns, fidelity, seed)` with `columns`, where
+            columns maps names to arrays. Batch forms return one number (or a tuple of numbers) per
+            candidate.
+        space: how candidates are decoded.
+        version: raised by hand when the function's values change. Without one the function has no
+            identity beyond its run, so no value is shared with other runs.
+    """
+
+    function: Callable[..., Any]
+    space: Space
+    objectives: tuple[Objective, ...] = (Objective("value"),)
+    fidelities: tuple[Fidelity, ...] = (Fidelity("full"),)
+    signals: tuple[Signal, ...] = ()
+    reproducibility: Reproducibility = "exact"
+    batch: bool = False
+    columns: bool = False
+    version: int | None = None
+    seed: int = 0
+    private: str = field(default="", repr=False)
+
+    def setup(self) -> None:
+        """Nothing to load."""
+
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        fidelity = self.fidelities[jobs.fidelity].name
+        if self.columns:
+            return self._shaped(
+                self.function(dict(jobs.population.columns), fidelity, self.seed + jobs.replicate),
+                len(jobs),
+            )
+        plans = self.space.decode(jobs.population)
+        if self.batch:
+            return self._shaped(
+                self.function(plans, fidelity, self.seed + jobs.replicate), len(jobs)
+            )
+        parts = []
+        for plan in plans:
+            try:
+                parts.append(self._shaped([self.function(**plan)], 1))
+            except Exception as error:  # one candidate's failure is that candidate's result
+                parts.append(
+                    Evaluations.failed(1, len(self.objectives), f"{type(error).__name__}: {error}")
+                )
+        return Evaluations(
+            values=np.concatenate([part.values for part in parts]),
+            state=np.concatenate([part.state for part in parts if part.state is not None]),
+            reason=[reason for part in parts for reason in part.reason or ()],
+        )
+
+    def _shaped(self, answer: Any, n: int) -> Evaluations:
+        if isinstance(answer, Evaluations):
+            return answer
+        try:
+            values = np.asarray(answer, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise EvaluationError(f"the function returned {answer!r}; allowed: numbers") from None
+        m = len(self.objectives)
+        if values.shape not in ((n,), (n, m)) or (values.ndim == 1 and m != 1):
+            raise EvaluationError(
+                f"the function returned shape {values.shape} for {n} candidates and {m} "
+                f"objectives; allowed: ({n}, {m})"
+            )
+        return Evaluations(values=values.reshape(n, m))
+
+    def identity(self) -> Mapping[str, Any]:
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        out: dict[str, Any] = {"function": name, "seed": self.seed, "version": self.version}
+        if self.version is None:
+            out["private"] = self.private
+        return out
+
+
+def evaluator(
+    *,
+    objectives: Mapping[str, Literal["min", "max"]] | None = None,
+    fidelities: Mapping[str, float] | None = None,
+    reproducibility: Reproducibility = "exact",
+    columns: bool = False,
+    version: int | None = None,
+) -> Callable[[Callable[..., Any]], Callable[[Space], FunctionEvaluator]]:
+    """Decorates a population function: `f(plans, fidelity, seed)` -> one value per plan.
+
+    Args:
+        objectives: name -> "min" or "max"; {"value": "min"} by default.
+        fidelities: name -> relative cost, ascending; the last is the truth.
+        reproducibility: "exact", "batch" or "noisy", see `Evaluator`.
+        columns: hand over arrays by name instead of a list of dicts.
+        version: raised by hand when values change; needed to share values between runs.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[[Space], FunctionEvaluator]:
+        def build(space: Space) -> FunctionEvaluator:
+            return FunctionEvaluator(
+                function,
+                space,
+                objectives=tuple(
+                    Objective(name, direction)
+                    for name, direction in (objectives or {"value": "min"}).items()
+                ),
+                fidelities=tuple(
+                    Fidelity(name, cost) for name, cost in (fidelities or {"full": 1.0}).items()
+                ),
+                reproducibility=reproducibility,
+                batch=not columns,
+                columns=columns,
+                version=version,
+            )
+
+        build.__doc__ = function.__doc__
+        build.builds_evaluator = True  # type: ignore[attr-defined]
+        return build
+
+    return decorate

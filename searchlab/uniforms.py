@@ -1,0 +1,40 @@
+"""Counter-based uniforms: every job id owns a fixed block, so a row never depends on its batch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "uniforms"]
+
+# Purposes 0-99 are proposals: the number is the redraw attempt.
+PARENTS = 100
+POOL = 200
+FITS = 300
+BOOTSTRAP = 400
+
+_WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
+
+
+def uniforms(
+    seed: int, purpose: int, first_id: int, n: int, width: int
+) -> NDArray[np.float64]:
+    """Uniforms of the ids `first_id .. first_id + n - 1`.
+
+    Args:
+        seed: the run's seed, 0 <= seed < 2**64.
+        purpose: which stream of the run (see the constants of this module), 0 <= purpose < 2**64.
+        first_id: the first job id, >= 0.
+        n: how many consecutive ids.
+        width: uniforms per id. A different width is a different stream.
+
+    Returns:
+        float64 (n, width) in [0, 1). Row i is a pure function of (seed, purpose, id, width).
+    """
+    if width == 0 or n == 0:
+        return np.empty((n, width))
+    blocks = -(-width // _WORDS_PER_BLOCK)
+    generator = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64))
+    generator.advance(first_id * blocks)
+    words = np.random.Generator(generator).random(n * blocks * _WORDS_PER_BLOCK)
+    return words.reshape(n, blocks * _WORDS_PER_BLOCK)[:, :width]
