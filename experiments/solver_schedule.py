@@ -140,9 +140,10 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
                 "known points",
                 room.space,
                 room.evaluator,
-                AlgorithmSpec("listed"),
+                AlgorithmSpec("listed", {"quantum": 64}),
                 fidelity=0,
                 seeds=room.known,
+                chunk=64,
             )
         )
     kinds = ("baseline:", "baseline-analytic:")
