@@ -232,7 +232,7 @@ class FunctionEvaluator:
         return out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EvaluatorFunction(Generic[P, R]):
     """A function with what an evaluator needs to know of it; calling it calls the function.
 

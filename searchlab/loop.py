@@ -117,6 +117,7 @@ class StageRun:
         self._repeats = self.algorithm.repeats == "allow"
         self._waiting: dict[bytes, list[int]] = {}
         self._broken: dict[bytes, tuple[int, str]] = {}
+        self._own_keys: set[bytes] = set()
         self._next_id = self.first_id
         self._open = 0
         self._open_paid = 0
@@ -154,8 +155,11 @@ class StageRun:
 
     def _load(self) -> Known:
         records = self.store.records()
-        records = records.take(np.flatnonzero(records.stage == self.index))
-        known = Known(records, self.stage)
+        # What this and later stages have recorded came after the jobs that are missing here: it
+        # must not make them free, or the budget would reach further than it did at first.
+        later = np.flatnonzero(records.stage >= self.index)
+        self._own_keys = {key for i in later.tolist() if (key := records.keys[i])}
+        known = Known(records.take(np.flatnonzero(records.stage == self.index)), self.stage)
         self.algorithm.issue(known.jobs.ids, known.jobs.keys)
         if self._repeats:
             for at in np.flatnonzero((known.state != OK) & ~known.cached).tolist():
@@ -264,7 +268,11 @@ class StageRun:
         if not self._exact:
             return {}
         rows = zip(jobs.ids.tolist(), jobs.keys, strict=True)
-        keys = [key for i, key in rows if i not in known.row_of and not self._is_repeat(key, i)]
+        keys = [
+            key
+            for i, key in rows
+            if not (i in known.row_of or key in self._own_keys or self._is_repeat(key, i))
+        ]
         return self._lookup(keys, other_runs=self.other_runs, stage=None) if keys else {}
 
     def _lookup(
