@@ -187,10 +187,22 @@ class StudySuite:
         store.commit()
         assert store.records().ids.tolist() == [0, 1, 2]
 
-    @pytest.mark.parametrize("index", [-1, 2**31])
+    @pytest.mark.parametrize("index", [-1, 2**62 + 1])
     def test_ids_have_a_range(self, store: Store, index: int) -> None:
         with pytest.raises(StudyError, match=f"id {index}; allowed: 0 to"):
             write(store, make_jobs([index]))
+
+    def test_ids_may_lie_far_apart(self, store: Store) -> None:
+        ids = [0, 1, 2**16 - 1, 2**16, 2**31, 2**40, 2**62]
+        write(store, make_jobs(ids))
+        store.commit()
+        assert store.records().ids.tolist() == ids
+        for index in ids:
+            with pytest.raises(StudyError, match=f"job {index} of run .* recorded already"):
+                write(store, make_jobs([index + 7, index] if index < 2**62 else [index]))
+        write(store, make_jobs([7, 2**40 + 7]))
+        store.commit()
+        assert len(store.records()) == len(ids) + 2
 
     def test_parts_of_different_length_are_refused(self, store: Store) -> None:
         jobs = make_jobs([0, 1])

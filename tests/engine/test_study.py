@@ -907,9 +907,11 @@ def test_csv_holds_one_decoded_line_per_record(tmp_path: Path, in_memory: bool) 
 
 def test_csv_of_stages_with_their_own_spaces(tmp_path: Path) -> None:
     spaces = [Space(a=Integer(0, 5)), Space(b=Integer(0, 5))]
+    stages = [(0, "a"), (1, "b"), (1000, "b")]  # a final has no space of its own
     store = MemoryRun()
-    for stage, space in enumerate(spaces):
-        population = space.population([{"a" if stage == 0 else "b": 3}])
+    for stage, name in stages:
+        space = spaces[min(stage, 1)]
+        population = space.population([{name: 3}])
         jobs = Jobs(np.array([stage]), population, space.keys(population), stage=stage)
         store.record(
             jobs,
@@ -923,9 +925,9 @@ def test_csv_of_stages_with_their_own_spaces(tmp_path: Path) -> None:
     store.export_csv(tmp_path / "table.csv", spaces, (Objective("value"),))
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert [(line["a"], line["b"]) for line in lines] == [("3", ""), ("", "3")]
-    with pytest.raises(StudyError, match="1 spaces; allowed: one per stage, so 2"):
-        store.export_csv(tmp_path / "table.csv", spaces[:1], (Objective("value"),))
+    assert [(line["a"], line["b"]) for line in lines] == [("3", ""), ("", "3"), ("", "3")]
+    with pytest.raises(StudyError, match="no spaces; allowed: one per stage"):
+        store.export_csv(tmp_path / "table.csv", [], (Objective("value"),))
 
 
 def test_the_benchmark_runs_in_its_quick_form(
