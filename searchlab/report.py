@@ -18,6 +18,7 @@ import numpy as np
 
 from searchlab._report_page import CSS, POLICY
 from searchlab.errors import ConfigError
+from searchlab.evaluator import environment
 from searchlab.figures import figure_curve, figure_front
 from searchlab.final import Interval, paired
 from searchlab.population import OK, PRUNED
@@ -214,8 +215,8 @@ def _curve(result: Result) -> str:
     if svg is None:
         return ""
     caption = (
-        "Best value so far at full fidelity, in the search. Dashed: the search value of the best "
-        "baseline."
+        "Best value so far at full fidelity, known points that the stage began with included. "
+        "Dashed: the search value of the best baseline."
     )
     return f"<h2>Search</h2>\n{_figure(svg, caption)}"
 
@@ -236,10 +237,10 @@ def _settings(result: Result) -> str:
     meta = dict(result.meta)
     entries: list[tuple[str, Any]] = [("run", result.name)]
     names = {
-        "paid": "evaluations paid",
+        "paid": "evaluations paid, baselines included",
         "hits": "answered without paying",
         "failed": "failed",
-        "baselines": "baselines evaluated",
+        "baselines": "baselines at full fidelity",
         "final": "evaluations of the final",
     }
     entries += [(names.get(name, name), count) for name, count in result.counts.items()]
@@ -258,6 +259,8 @@ def _settings(result: Result) -> str:
         "stop_reason": "stopped because",
     }
     entries += [(labels.get(name, name), value) for name, value in meta.items()]
+    if "environment" not in meta:
+        entries.append(("environment of this page", environment()))
     body = "".join(
         f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{_value(value)}</dd>"
         for name, value in entries
