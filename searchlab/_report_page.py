@@ -33,7 +33,7 @@ th,td{padding:.28rem .7rem .28rem 0;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{padding-left:.4rem}
 td{vertical-align:top}
 td.number,td.group{white-space:nowrap}
-td.text{min-width:6rem;overflow-wrap:anywhere}
+td.text{overflow-wrap:break-word}
 td.what{min-width:12rem}
 tr.winner td{background:var(--win);font-weight:600}
 tr.first td{border-top:2px solid var(--line)}

@@ -124,7 +124,8 @@ def _verdict(result: Result) -> str:
     status = str(result.meta.get("status", ""))
     note = ""
     if status and status != "finished":
-        note = f'<p class="note">The run is {escape(status)}: what follows is known so far.</p>'
+        text = f"This run has not finished ({status}): what follows is known so far."
+        note = f'<p class="note">{escape(text)}</p>'
     return (
         f'<h1>{escape(result.name)}</h1>\n<p class="verdict">{escape(result.verdict())}</p>\n{note}'
     )
@@ -237,10 +238,7 @@ def _settings(result: Result) -> str:
     meta = dict(result.meta)
     entries: list[tuple[str, Any]] = [("run", result.name)]
     names = {
-        "paid": "evaluations paid, baselines included",
         "hits": "answered without paying",
-        "failed": "failed",
-        "baselines": "baselines at full fidelity",
         "final": "evaluations of the final",
     }
     entries += [(names.get(name, name), count) for name, count in result.counts.items()]
@@ -253,6 +251,7 @@ def _settings(result: Result) -> str:
         if total > 0:
             entries.append(("time in the evaluator", _seconds(total)))
     labels = {
+        "pace": "pace, by stage",
         "lag": "lag (most open jobs)",
         "chunk": "chunk (jobs per call)",
         "repeat": "same candidate twice, largest difference",

@@ -215,7 +215,7 @@ def test_an_interrupted_run_without_final_is_reported(tmp_path: Path) -> None:
     stopped = run(a_config(final=Final(k=3, report=4)), callbacks=[stop])
     assert stopped.meta["status"] == "interrupted"
     page = check_contained(write_report(stopped, tmp_path / "report.html"))
-    assert "The run is interrupted" in page.text
+    assert "This run has not finished (interrupted)" in page.text
     assert "no report values" in page.text
     assert "Paired comparison" not in page.text
 
