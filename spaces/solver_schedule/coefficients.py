@@ -1,7 +1,7 @@
 """Coefficients of one exponential-integrator step, in float64 on the host.
 
-With s the start and t the arrival of a step, h = lambda_t - lambda_s > 0 and m the data or the noise
-prediction, the exact solution is (arXiv 2211.01095, eq. 8; arXiv 2206.00927, eq. 3.4)
+With s the start and t the arrival of a step, h = lambda_t - lambda_s > 0 and m the data or the
+noise prediction, the exact solution is (arXiv 2211.01095, eq. 8; arXiv 2206.00927, eq. 3.4)
 
 - data:  x_t = (sigma_t / sigma_s) x_s + alpha_t * Int e^(lambda - lambda_t) m dlambda
 - noise: x_t = (alpha_t / alpha_s) x_s - sigma_t * Int e^(lambda_t - lambda) m dlambda
@@ -70,8 +70,8 @@ def phi_functions(z: float, n: int) -> list[float]:
 def derivative_weights(d: Sequence[float]) -> list[list[float]]:
     """Weights a with ``m^(k)(s) ~ sum_j a[k-1][j] (m_j - m_s)`` for k = 1..p, p = len(d).
 
-    They solve ``sum_j a_j d_j^r / r! = [r = k]``, r = 1..p; the solution is k! times the coefficient
-    of d^k in the Lagrange polynomial of node j, which needs no elimination.
+    They solve ``sum_j a_j d_j^r / r! = [r = k]``, r = 1..p: the solution is k! times the
+    coefficient of d^k in the Lagrange polynomial of node j, which needs no elimination.
 
     Args:
         d: distances of the active points from the start in the interpolation variable; distinct and
@@ -143,7 +143,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class StepWeights:
-    """x_t = state * x_s + start * m_s + sum_j points[j] * m_j, m in the step's own prediction type."""
+    """x_t = state x_s + start m_s + sum_j points[j] m_j, with m in the step's prediction type."""
 
     state: float
     start: float
@@ -194,7 +194,7 @@ def step_weights(
 
     Args:
         s: the start; alpha 0 (lambda = -inf) only without active points and for data.
-        t: the arrival; sigma 0 (lambda = +inf) likewise.
+        t: the arrival; sigma 0 (lambda = +inf) only without active points.
         active: the active points, finite lambda, all different from `s` and from one another.
         data: whether data predictions are expanded, else noise predictions.
         noise: needed when the interpolation variable is not lambda.
@@ -209,7 +209,8 @@ def step_weights(
         start = -t.alpha * math.expm1(-h)
     else:
         state = t.alpha / s.alpha
-        start = -t.sigma * math.expm1(h)
+        # sigma_t (e^h - 1), whose limit at sigma_t = 0 is alpha_t sigma_s / alpha_s.
+        start = -t.sigma * math.expm1(h) if t.sigma > 0 else -t.alpha * s.sigma / s.alpha
     p = len(active)
     if p == 0:
         return StepWeights(state, start, ())

@@ -72,7 +72,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: ArrayLike) -> FloatArray:
-        """Native time at which ``ln(alpha/sigma)`` takes the given values (inverse of `log_snr`)."""
+        """Native time at which ``ln(alpha/sigma)`` takes the given values; inverts `log_snr`."""
 
     def log_snr(self, t: ArrayLike) -> FloatArray:
         """``ln(alpha/sigma)``; +inf where sigma is 0 and -inf where alpha is 0."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -91,7 +92,8 @@ class Step:
         relaxation: factor R = 1 + O(h) on the first derivative. The corrector drops it, except for
             an order-1 step, whose predictor has no derivative: there R belongs to the corrector.
         coefficient: c of the linear relaxation R = 1 + c h.
-        scales: factors of the second, third, ... derivative; missing ones are 1. Only the predictor.
+        scales: factors of the second, third, ... derivative, in the predictor only; missing ones
+            are 1.
         corrector: "pseudo": evaluate at the arrival, redo the step from the old start with that
             evaluation as one more active point and order q + 1, keep the evaluation (no extra
             call). "implicit": evaluate once more at the corrected state (one extra call). On the
@@ -166,8 +168,8 @@ class Schedule:
 
     Raises:
         SpaceError: times not finite, not falling, out of the noise schedule's range or closer than
-            `MIN_LOG_SNR_GAP` in lambda; a history offset that does not exist yet; more than order 1,
-            or a corrector, on a step to sigma = 0 or from alpha = 0.
+            `MIN_LOG_SNR_GAP` in lambda; a history offset that does not exist yet; more than order
+            1, or a corrector, on a step to sigma = 0; active points or a corrector from alpha = 0.
     """
 
     noise: NoiseSchedule
@@ -202,7 +204,7 @@ class Schedule:
         if times[0] > high or times[-1] < low:
             bad = times[0] if times[0] > high else times[-1]
             raise SpaceError(f"times must lie in [{low:g}, {high:g}], got {bad!r}")
-        for a, b in zip(times, times[1:], strict=False):
+        for a, b in pairwise(times):
             if not b < a:
                 raise SpaceError(f"times must fall strictly, got {b!r} after {a!r}")
         at = np.array(times)
@@ -230,12 +232,12 @@ class Schedule:
                 raise SpaceError(f"step {i}: a point at alpha = 0 cannot be active")
             if i + 1 + step.start == 0 and (step.points or step.corrector != "none"):
                 raise SpaceError(f"step {i}: only order 1 without corrector starts from alpha = 0")
-        if i + 1 == len(self.steps) and self._sigma[-1] == 0:
-            if step.order > 1 or step.corrector != "none":
-                raise SpaceError(
-                    f"step {i}: only order 1 without corrector may arrive at sigma = 0,"
-                    f" got order {step.order}, corrector {step.corrector!r}"
-                )
+        to_clean = i + 1 == len(self.steps) and self._sigma[-1] == 0
+        if to_clean and (step.order > 1 or step.corrector != "none"):
+            raise SpaceError(
+                f"step {i}: only order 1 without corrector may arrive at sigma = 0,"
+                f" got order {step.order}, corrector {step.corrector!r}"
+            )
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -355,7 +357,7 @@ def _step_from_json(data: object) -> Step:
     if not isinstance(data, Mapping):
         raise DataError(f"a step must be a JSON object, got {type(data).__name__}")
     _check_names("step", data, {f.name for f in fields(Step)}, {"time"})
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     return Step(**values)
 
 

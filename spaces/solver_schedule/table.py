@@ -102,6 +102,12 @@ class CoefficientTable:
             and not self.outputs[row].any()
         )
 
+    def last_use(self) -> list[int]:
+        """For each node, (2K + 1,), the last node whose row reads it (itself if none does)."""
+        rows = np.arange(len(self.states))
+        used = np.where(self.states != 0, rows[:, None], rows[None, :])
+        return [int(v) for v in used.max(axis=0)]
+
     def row_bytes(self, k: int) -> bytes:
         """Bytes that determine node 2k and everything before it; a prefix key.
 
@@ -189,7 +195,7 @@ class _Compiler:
         relaxed = corrected == (step.order == 1)
         # From a state the model was called at, order-1 noise is the data step; writing it as that
         # one gives equal bits.
-        data = step.data or not active and self.restart[step.start] % 2 == 0
+        data = step.data or (not active and self.restart[step.start] % 2 == 0)
         weights = step_weights(
             s,
             points[t],
