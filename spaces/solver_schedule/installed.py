@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ from searchlab.spaces.solver_schedule.noise_schedule import (
     NoiseSchedule,
     VpDiscrete,
 )
+from searchlab.spaces.solver_schedule.points import ddim, dpmpp_2m, unipc
 from searchlab.spaces.solver_schedule.schedule import Schedule
 
 __all__ = [
     "describe",
     "export_sigmas",
+    "known_solver",
     "noise_schedule_of",
     "prediction_type_of",
     "sigma_data_of",
@@ -60,8 +62,8 @@ def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
     Flow matching (`FlowMatch...`, or `use_flow_sigmas`) gives `Flow`: a shift only re-times the
     grid (see `times_of`). Schedulers with `sigma_data`, and Euler with continuous times on
     velocities, give `Edm` with their sigma range. All others with `alphas_cumprod` give
-    `VpDiscrete`, with its betas by name where they have one. A table with zero terminal SNR gets
-    2**-24 as its last value, as the multistep schedulers of diffusers do: alpha must stay above 0.
+    `VpDiscrete`, with its betas by name where they have one. The last value of a table with zero
+    terminal SNR becomes 2**-24 or half the one before it: alpha must fall, and stay above 0.
 
     Raises:
         ConfigError: a scheduler of another kind.
@@ -96,7 +98,7 @@ def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
         return VpDiscrete(name, start, end, int(config["num_train_timesteps"]))
     values = [float(v) for v in table]
     if values[-1] <= 0:
-        values[-1] = 2.0**-24
+        values[-1] = min(2.0**-24, 0.5 * values[-2])
     return VpDiscrete("custom", alphas_cumprod=tuple(values))
 
 
@@ -207,30 +209,56 @@ def describe(
     }
 
 
-def export_sigmas(schedule: Schedule) -> list[float]:
-    """The schedule as a plain list of noise levels, where such a list says everything.
+def known_solver(schedule: Schedule) -> str | None:
+    """The usual solver that a schedule is, apart from its grid; None where it is none of them.
 
-    n + 1 falling values for a tool that takes `sigmas`: sigma for flow and EDM, sigma/alpha for VP.
-    Only an order-1 schedule is determined by its list (run it with Euler or DDIM).
-
-    Raises:
-        SpaceError: another solver than order 1, a corrector, or an analytic first evaluation; says
-            which step.
+    Returns:
+        "euler" (also DDIM), "dpmpp_2m" (DPM-Solver++ 2M, midpoint) or "unipc" (order 2, bh2, data
+        prediction), whether or not they lower the order of the last steps.
     """
     plain = schedule.canonical()
-    if plain.first_evaluation != "model":
+    for name, solver in _SOLVERS.items():
+        for lower in (True, False):
+            if plain == solver(schedule, lower).canonical():
+                return name
+    return None
+
+
+_SOLVERS: dict[str, Callable[[Schedule, bool], Schedule]] = {
+    "euler": lambda s, _: ddim(s.times, s.noise),
+    "dpmpp_2m": lambda s, lower: dpmpp_2m(s.times, s.noise, lower_order_final=lower),
+    "unipc": lambda s, lower: unipc(s.times, s.noise, lower_order_final=lower),
+}
+
+
+def export_sigmas(schedule: Schedule) -> list[float]:
+    """The schedule as a plain list of noise levels, where that and a usual solver say it all.
+
+    n + 1 falling values for a tool that takes `sigmas`: sigma for flow and EDM, sigma/alpha for VP.
+    They are to be run with `known_solver` of the schedule.
+
+    Raises:
+        SpaceError: a schedule that is no usual solver on any grid; says which step differs from
+            order 1.
+    """
+    if known_solver(schedule) is None:
         raise SpaceError(
-            f"a list of sigmas cannot say that the first evaluation is {plain.first_evaluation!r};"
-            " allowed: 'model' (export the JSON instead)"
+            f"a list of sigmas cannot say {_peculiarity(schedule)}; allowed: {', '.join(_SOLVERS)}"
+            " on any grid (export the JSON instead)"
         )
-    for i, step in enumerate(plain.steps):
-        if step.order > 1 or step.corrector != "none" or step.start != -1:
-            raise SpaceError(
-                f"a list of sigmas cannot say that step {i} has order {step.order}, start"
-                f" {step.start} and corrector {step.corrector!r}; allowed: order 1 from the newest"
-                " state without corrector (export the JSON instead)"
-            )
-    noise = schedule.noise
-    times = np.array(schedule.times)
+    noise, times = schedule.noise, np.array(schedule.times)
     levels = noise.rho(times) if isinstance(noise, VpDiscrete) else noise.sigma(times)
     return [float(v) for v in levels]
+
+
+def _peculiarity(schedule: Schedule) -> str:
+    plain = schedule.canonical()
+    if plain.first_evaluation != "model":
+        return f"that the first evaluation is {plain.first_evaluation!r}"
+    for i, step in enumerate(plain.steps):
+        if step.order > 1 or step.corrector != "none" or step.start != -1:
+            return (
+                f"that step {i} has prediction {step.prediction!r}, order {step.order}, relaxation"
+                f" {step.relaxation!r} and corrector {step.corrector!r}"
+            )
+    return "what its steps do"

@@ -145,6 +145,7 @@ class SearchedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index: int | None = None
         self._run: PipelineRun | None = None
         self._told = False
+        self.mu: float | None = None
         if self.schedules:
             prediction_weights(
                 self.noise, prediction_type, self.noise.end or 0.5, sigma_data=sigma_data
@@ -344,6 +345,7 @@ class SearchedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"no schedule with num_inference_steps = {num_inference_steps};"
                 f" stored: {', '.join(map(str, self.schedules))}"
             )
+        self.mu = mu
         if mu is not None and not self._told:
             self._told = True
             warn_elsewhere(self.config.validity or {}, {"mu": mu})
