@@ -256,6 +256,7 @@ def evaluator(
             )
 
         build.__doc__ = function.__doc__
+        build.builds_evaluator = True  # type: ignore[attr-defined]
         return build
 
     return decorate

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,13 +217,33 @@ class Space:
             columns = {key: np.array(column) for key, column in population.columns.items()}
             for row, (u_where, u_what) in zip(rows, draw, strict=True):
                 self._repair_row(columns, int(row), budget, float(cost[row]), u_where, u_what)
-            population = self.canonicalise(Population(columns))
+            population = self._revive(population, Population(columns), u)
         cost = budget.cost(self.variables, population, self.active(population))
         bad = cost[~budget.holds(cost)]
         raise SpaceError(
             f"budget {budget.name!r}: no repair found for a sum of {bad[0]:g}; "
             f"allowed: [{budget.lower}, {budget.upper}]"
         )
+
+    def _revive(self, before: Population, after: Population, u: Array) -> Population:
+        """Draws the elements that a change made active, and canonicalises."""
+        if any(variable.when for variable in self.variables.values()):
+            was = self.active(before)
+            columns = dict(after.columns)
+            active: dict[str, Array] = {}
+            for key, variable in self.variables.items():
+                active[key] = self.activity(key, columns, active, len(after))
+                born = active[key] & ~was[key]
+                if not born.any():
+                    continue
+                # Few uniforms serve many elements here: drawn values may repeat within a row.
+                block = np.resize(u.T, (variable.width, len(u))).T
+                fresh = variable.sample(block, active[key])
+                columns[key] = variable.repair(
+                    np.where(born, fresh, columns[key]).astype(variable.dtype), active[key]
+                )
+            after = Population(columns)
+        return self.canonicalise(after)
 
     def _repair_row(
         self,
@@ -337,6 +358,16 @@ class Space:
             {key: variable.decode(population[key][i]) for key, variable in self.variables.items()}
             for i in range(len(population))
         ]
+
+    def plans(self, population: Population) -> list[Any]:
+        """What the user applies, one per candidate; decoded values unless a domain has more."""
+        return list(self.decode(population))
+
+    def export(self, plans: Mapping[int, Any], directory: Path) -> list[Path]:
+        """Writes plans (by group) into an existing directory; returns the files."""
+        from searchlab.result import write_plans
+
+        return write_plans(plans, directory)
 
     def population(self, values: Sequence[Mapping[str, Any]]) -> Population:
         """The inverse of `decode`, canonical. Raises SpaceError naming the variable."""

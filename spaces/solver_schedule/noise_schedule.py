@@ -387,7 +387,7 @@ def noise_schedule_from_json(data: Mapping[str, Any]) -> NoiseSchedule:
     if not isinstance(data, Mapping):
         raise DataError(f"a noise schedule must be a JSON object, got {type(data).__name__}")
     family = data.get("family")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise DataError(f"unknown noise family {family!r}; known: {', '.join(sorted(_FAMILIES))}")
     version = data.get("version")
     if version != _VERSION:

@@ -245,7 +245,7 @@ def singlestep(
         noise: the noise schedule.
         block: calls per outer step: 2 or 3.
         prediction: data or noise.
-        relaxation: of the last step of a block of 2.
+        relaxation: of the second step of each block.
         taylor: whether the last step of a block of 3 uses both inner points (order 3) or one
             difference, at the second inner point (order 2 in form, still of third order when the
             inner points lie at 1/3 and 2/3).
@@ -262,7 +262,7 @@ def singlestep(
             steps.append(Step(at[i + 1], prediction, 2, start=-2, relaxation=relaxation))
         else:
             active = (-1, -2) if taylor else (-1,)
-            steps.append(Step(at[i + 1], prediction, 2, start=-2, points=(-1,)))
+            steps.append(Step(at[i + 1], prediction, 2, -2, (-1,), relaxation=relaxation))
             steps.append(Step(at[i + 2], prediction, len(active) + 1, start=-3, points=active))
     return Schedule(noise, at[0], tuple(steps))
 
@@ -294,6 +294,7 @@ def dpm_solver_3s(
     *,
     prediction: Prediction = "noise",
     ratios: tuple[float, float] = (1 / 3, 2 / 3),
+    relaxation: Relaxation = "none",
     taylor: bool = False,
 ) -> Schedule:
     """DPM-Solver-3: triples of calls, 3 per outer step. Source: arXiv 2206.00927, algorithm 2.
@@ -303,11 +304,15 @@ def dpm_solver_3s(
         noise: the noise schedule; log-SNR finite at all times.
         prediction: noise, or data for the "++" form.
         ratios: inner points as fractions of the step in lambda.
+        relaxation: of the step to the second inner point: "none" as published; diffusers uses "bh2"
+            together with ``taylor=False``.
         taylor: False: the last third uses one difference, at the second inner point; True: both
             inner points and a second derivative.
     """
     at = singlestep_times(times, noise, fractions=ratios)
-    return singlestep(at, noise, block=3, prediction=prediction, taylor=taylor)
+    return singlestep(
+        at, noise, block=3, prediction=prediction, relaxation=relaxation, taylor=taylor
+    )
 
 
 def _relaxation_of(variant: str) -> Relaxation:

@@ -88,7 +88,8 @@ class Step:
         points: history offsets of the q - 1 active points (the start is never one); empty means the
             q - 1 newest entries other than the start.
         estimate_order: p, how many active points (nearest to the start in lambda first) estimate
-            the FIRST derivative; `None` or p >= q - 1 means all of them.
+            the FIRST derivative; `None` or p >= q - 1 means all of them. A corrector adds the
+            new point to those p.
         relaxation: factor R = 1 + O(h) on the first derivative. The corrector drops it, except for
             an order-1 step, whose predictor has no derivative: there R belongs to the corrector.
         coefficient: c of the linear relaxation R = 1 + c h.

@@ -19,8 +19,10 @@ Source: arXiv 2403.01329, section 3, has this form for linear multistep solvers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from searchlab.errors import SpaceError
 from searchlab.spaces.solver_schedule._resolve import ResolvedStep, resolve
@@ -57,10 +59,8 @@ class CoefficientTable:
 
     def __post_init__(self) -> None:
         for name in ("states", "outputs", "times"):
-            array = np.ascontiguousarray(getattr(self, name), dtype=np.float64)
-            if array.flags.writeable:
-                array = array.copy() if array is getattr(self, name) else array
-                array.setflags(write=False)
+            array = np.array(getattr(self, name), dtype=np.float64, order="C")
+            array.setflags(write=False)
             object.__setattr__(self, name, array)
         k = len(self.times)
         if self.times.ndim != 1 or k == 0:
@@ -114,7 +114,8 @@ class CoefficientTable:
         Two tables whose bytes for k agree compute bit-identical inputs of evaluation k (and, for
         k = K of both, bit-identical results) from equal initial states, models and means, however
         the schedules were written down. The native time of evaluation k (for k = K: the end time)
-        is part of it.
+        is part of it. What native time means belongs to the model: a cache that serves several
+        models must add the model to the key.
 
         Args:
             k: 0..K.
@@ -137,15 +138,11 @@ class CoefficientTable:
         return b"".join(parts)
 
 
-_MASKS: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-
-def _forbidden(k: int) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=32)
+def _forbidden(k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Entries that must be 0 in a table of k evaluations, one mask per array."""
-    if k not in _MASKS:
-        row = np.arange(2 * k + 1)
-        _MASKS[k] = (row[None, :] >= row[:, None], np.arange(k)[None, :] >= (row[:, None] + 1) // 2)
-    return _MASKS[k]
+    row = np.arange(2 * k + 1)
+    return row[None, :] >= row[:, None], np.arange(k)[None, :] >= (row[:, None] + 1) // 2
 
 
 def _points(schedule: Schedule) -> list[Point]:

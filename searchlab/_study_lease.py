@@ -1,0 +1,59 @@
+"""Who drives a run: the owner of a lease, and whether its process still lives."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Owner"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who drives a run: a process of a host; `token` makes two drivers of one process differ."""
+
+    host: str
+    pid: int
+    token: str
+
+    @staticmethod
+    def here() -> Owner:
+        """This process, with a new token."""
+        return Owner(socket.gethostname(), os.getpid(), f"{_namespace()}-{secrets.token_hex(8)}")
+
+    @staticmethod
+    def parse(text: str) -> Owner:
+        """The inverse of `str`."""
+        host, pid, token = text.rsplit(":", 2)
+        return Owner(host, int(pid), token)
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}:{self.token}"
+
+    def is_dead(self) -> bool:
+        """Whether the process certainly no longer runs; False where this host cannot tell."""
+        # Containers may share a host name but not their process numbers.
+        if self.host != socket.gethostname() or self.token.split("-")[0] != _namespace():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        with suppress(OSError, IndexError):
+            # A zombie still has its number; the state follows the name in parentheses.
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] in ("Z", "X")
+        return False
+
+
+def _namespace() -> str:
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return "0"

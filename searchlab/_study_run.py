@@ -1,0 +1,359 @@
+"""A run in a database, written under a driver's lease."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from searchlab._study_lease import Owner
+from searchlab._study_schema import errors_named, insert_rows, tables
+from searchlab._study_store import Recorder
+from searchlab.errors import StudyError
+from searchlab.population import OK
+from searchlab.records import ANSWER_COLUMNS, ROW_COLUMNS, Answer, Records, Row, records_from_rows
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+__all__ = ["Run"]
+
+_KEYS_AT_ONCE = 500  # keys of one look-up statement
+
+
+class Run(Recorder):
+    """A run in a database; made by `Database.open_run` and, for reading, by `Database.read`.
+
+    Attributes:
+        name: unique in its database.
+        config: what the run was opened with.
+        space: fingerprint of its space.
+        seed: its seed.
+        out: its folder, as given.
+        created: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        where: str,
+        row: Mapping[str, Any],
+        *,
+        owner: Owner | None,
+        lease_s: float = 60.0,
+    ) -> None:
+        super().__init__(row["name"])
+        self.config: dict[str, Any] = json.loads(row["config"])
+        self.space: str = row["space"]
+        self.seed = int(row["seed"])
+        self.out: str = row["out"]
+        self.created = float(row["created"])
+        self._run = int(row["run"])
+        self._where = where
+        self._owner = owner
+        self._lease_s = lease_s
+        self._renewed = time.time()
+        self._lost = False
+        self._digests: dict[str, int] = {}
+        with errors_named(where):
+            self._connection: Connection = engine.connect()
+            if owner is not None:
+                ids = self._read("SELECT id FROM records WHERE run = :run", run=self._run)
+                self._note(np.array([i for (i,) in ids], np.int64))
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def records(self, *, items: bool = False) -> Records:
+        """See `Store.records`."""
+        listed = ", ".join(ROW_COLUMNS)
+        statement = f"SELECT {listed} FROM records WHERE run = :run ORDER BY id"
+        with self._lock, errors_named(self._where):
+            # One transaction: scores belong to the rows that are seen.
+            with self._transaction(write=False) as connection:
+                rows = self._fetch(connection, statement, run=self._run)
+                scores: list[Row] = []
+                if items:
+                    scores = self._fetch(
+                        connection,
+                        "SELECT id, dtype, scores FROM items WHERE run = :run",
+                        run=self._run,
+                    )
+            return records_from_rows(rows, {i: (kind, raw) for i, kind, raw in scores})
+
+    def lookup(
+        self,
+        keys: Sequence[bytes],
+        *,
+        evaluator: str,
+        fidelity: int,
+        replicate: int,
+        other_runs: bool,
+        stage: int | None = None,
+    ) -> dict[bytes, Answer]:
+        """See `Store.lookup`; this run answers before others, and earlier runs before later."""
+        with self._lock, errors_named(self._where):
+            row_id = self._find_evaluator(evaluator)
+            if row_id is None:
+                return {}
+            wanted = dict.fromkeys(keys)
+            out: dict[bytes, Answer] = {}
+            listed = list(wanted)
+            for start in range(0, len(listed), _KEYS_AT_ONCE):
+                part = listed[start : start + _KEYS_AT_ONCE]
+                out |= self._stored_answers(part, row_id, fidelity, replicate, other_runs, stage)
+            missing = wanted.keys() - out.keys()
+            return out | self._buffered(set(missing), row_id, fidelity, replicate, stage)
+
+    def _stored_answers(
+        self,
+        keys: list[bytes],
+        evaluator: int,
+        fidelity: int,
+        replicate: int,
+        other_runs: bool,
+        stage: int | None,
+    ) -> dict[bytes, Answer]:
+        values: dict[str, Any] = {f"k{i}": key for i, key in enumerate(keys)}
+        columns = ", ".join(f"r.{name}" for name in ("key", "run", "id", *ANSWER_COLUMNS))
+        # "state < 4" repeats the index's own condition, else it is not used.
+        statement = (
+            f"SELECT {columns} FROM records r WHERE r.key IN ({', '.join(f':{k}' for k in values)})"
+            f" AND r.state < 4 AND r.state = {OK} AND r.evaluator = :evaluator"
+            " AND r.fidelity = :fidelity AND r.replicate = :replicate"
+        )
+        values |= {"evaluator": evaluator, "fidelity": fidelity, "replicate": replicate}
+        if other_runs:
+            statement += " AND r.run IN (SELECT run FROM runs WHERE space = :space)"
+            values["space"] = self.space
+        else:
+            statement += " AND r.run = :run"
+            values["run"] = self._run
+        if stage is not None:
+            statement += " AND r.stage = :stage"
+            values["stage"] = stage
+        rows = self._read(statement, **values)
+        rows.sort(key=lambda row: (row[1] != self._run, row[1], row[2]))
+        out: dict[bytes, Answer] = {}
+        for key, _, _, *answer in rows:
+            if key not in out:
+                out[key] = Answer.from_row(answer)
+        return out
+
+    def evaluators(self) -> dict[int, str]:
+        """See `Store.evaluators`."""
+        with self._lock, errors_named(self._where):
+            return {
+                int(row): digest
+                for row, digest in self._read(
+                    "SELECT e.evaluator, e.digest FROM evaluators e JOIN run_evaluators r "
+                    "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                    run=self._run,
+                )
+            }
+
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """The environment in which this run uses each evaluator, by digest."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT e.digest, r.environment FROM evaluators e JOIN run_evaluators r "
+                "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                run=self._run,
+            )
+        return {digest: json.loads(text) for digest, text in rows}
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """See `Store.commit`."""
+        with self._lock:
+            if not (self._rows or self._items or self._meta):
+                return
+            self._check_open()
+            run, schema = self._run, tables()
+            with errors_named(self._where), self._transaction(write=True) as connection:
+                now = self._renew(connection, len(self._rows))
+                rows = [(run, *row) for row in self._rows]
+                insert_rows(connection, schema.records, ("run", *ROW_COLUMNS), rows)
+                items = [(run, *item) for item in self._items]
+                insert_rows(connection, schema.items, ("run", "id", "dtype", "scores"), items)
+                self._write_meta(connection, self._meta)
+            self._renewed = now
+            self._rows, self._items, self._meta = [], [], {}
+
+    def register_evaluator(
+        self, digest: str, identity: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        """See `Store.register_evaluator`; durable at once. Raises StudyError if it is not JSON."""
+        try:
+            texts = json.dumps(dict(identity)), json.dumps(dict(environment))
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"evaluator {digest} is not described in JSON: {error}") from None
+        with self._lock:
+            self._check_open()
+            self._register(digest, *texts)
+
+    def heartbeat(self) -> None:
+        """See `Store.heartbeat`; writes once per third of the lease. Raises if it was lost."""
+        with self._lock:
+            self._check_open()
+            if time.time() - self._renewed >= self._lease_s / 3:
+                self._hold()
+
+    def close(self, status: str) -> None:
+        """See `Store.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                if self._owner is not None and not self._lost:
+                    self.set_meta("status", status)
+                    self.commit()
+                    with errors_named(self._where), self._transaction(write=True) as connection:
+                        self._execute(
+                            connection,
+                            "UPDATE runs SET owner = NULL, lease_until = 0 "
+                            "WHERE run = :run AND owner = :owner",
+                            run=self._run,
+                            owner=str(self._owner),
+                        )
+            finally:
+                if not self._rows:  # else a full disk: the batch waits for another close
+                    self._closed = True
+                    self._connection.close()
+
+    # -- pieces ----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        super()._check_open()
+        if self._owner is None:
+            raise StudyError(f"run {self.name!r} is open for reading only")
+        if self._lost:
+            raise StudyError(f"run {self.name!r} was taken over by another driver")
+        if time.time() - self._renewed > self._lease_s:
+            self._hold()  # overdue, so another driver may have come
+
+    def _hold(self) -> None:
+        with errors_named(self._where), self._transaction(write=True) as connection:
+            now = self._renew(connection, 0)
+        self._renewed = now
+
+    def _renew(self, connection: Connection, records: int) -> float:
+        """Renews the lease in the transaction that writes, so that no other driver fits between."""
+        now = time.time()
+        held = self._execute(
+            connection,
+            "UPDATE runs SET lease_until = :until, updated = :now, records = records + :n "
+            "WHERE run = :run AND owner = :owner",
+            until=now + self._lease_s,
+            now=now,
+            n=records,
+            run=self._run,
+            owner=str(self._owner),
+        )
+        if held != 1:
+            self._lost = True
+            raise StudyError(f"run {self.name!r} was taken over by another driver")
+        return now
+
+    def _write_meta(self, connection: Connection, values: Mapping[str, str]) -> None:
+        for key in values:
+            self._execute(
+                connection,
+                "DELETE FROM run_meta WHERE run = :run AND key = :key",
+                run=self._run,
+                key=key,
+            )
+        rows = [(self._run, key, text) for key, text in values.items()]
+        insert_rows(connection, tables().run_meta, ("run", "key", "value"), rows)
+
+    def _stored_meta(self, key: str) -> str | None:
+        with errors_named(self._where):
+            rows = self._read(
+                "SELECT value FROM run_meta WHERE run = :run AND key = :key", run=self._run, key=key
+            )
+        return rows[0][0] if rows else None
+
+    def _evaluator_row(self, digest: str) -> int:
+        row = self._digests.get(digest)
+        return self._register(digest, "{}", None) if row is None else row
+
+    def _find_evaluator(self, digest: str) -> int | None:
+        if digest not in self._digests:
+            rows = self._read(
+                "SELECT evaluator FROM evaluators WHERE digest = :digest", digest=digest
+            )
+            return int(rows[0][0]) if rows else None
+        return self._digests[digest]
+
+    def _register(self, digest: str, identity: str, environment: str | None) -> int:
+        schema = tables()
+        with errors_named(self._where), self._transaction(write=True) as connection:
+            self._renew(connection, 0)
+            found = "SELECT evaluator FROM evaluators WHERE digest = :digest"
+            rows = self._fetch(connection, found, digest=digest)
+            if not rows:
+                insert_rows(
+                    connection, schema.evaluators, ("digest", "identity"), [(digest, identity)]
+                )
+                rows = self._fetch(connection, found, digest=digest)
+            row = int(rows[0][0])
+            known = self._fetch(
+                connection,
+                "SELECT environment FROM run_evaluators WHERE run = :run AND evaluator = :row",
+                run=self._run,
+                row=row,
+            )
+            if not known:
+                insert_rows(
+                    connection,
+                    schema.run_evaluators,
+                    ("run", "evaluator", "environment", "registered"),
+                    [(self._run, row, environment or "{}", time.time())],
+                )
+            elif environment is not None:
+                self._execute(
+                    connection,
+                    "UPDATE run_evaluators SET environment = :text "
+                    "WHERE run = :run AND evaluator = :row",
+                    text=environment,
+                    run=self._run,
+                    row=row,
+                )
+            if identity != "{}":
+                self._execute(
+                    connection,
+                    "UPDATE evaluators SET identity = :text WHERE evaluator = :row",
+                    text=identity,
+                    row=row,
+                )
+        self._digests[digest] = row
+        return row
+
+    @contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+        super()._check_open()
+        connection = self._connection.execution_options(searchlab_write=write)
+        with connection.begin():
+            yield connection
+
+    def _read(self, statement: str, **values: Any) -> list[Row]:
+        with self._transaction(write=False) as connection:
+            return self._fetch(connection, statement, **values)
+
+    @staticmethod
+    def _fetch(connection: Connection, statement: str, **values: Any) -> list[Row]:
+        import sqlalchemy as sa
+
+        # The driver's own tuples: rows of SQLAlchemy would double the time of a large read.
+        result = connection.execute(sa.text(statement), values)
+        return cast("list[Row]", result.cursor.fetchall() if result.cursor else [])
+
+    @staticmethod
+    def _execute(connection: Connection, statement: str, **values: Any) -> int:
+        import sqlalchemy as sa
+
+        return connection.execute(sa.text(statement), values).rowcount

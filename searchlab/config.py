@@ -1,0 +1,264 @@
+"""What a run is: stages, budgets, the final, and the registries that names are looked up in."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchlab.errors import ConfigError, unknown_name
+from searchlab.evaluator import Evaluator
+from searchlab.population import Population
+from searchlab.space import Space
+
+if TYPE_CHECKING:
+    from searchlab.algorithms.base import Algorithm, Seeds
+
+__all__ = [
+    "ALGORITHMS",
+    "AdoptBest",
+    "AlgorithmSpec",
+    "Answers",
+    "Budget",
+    "Final",
+    "SearchConfig",
+    "Stage",
+    "resolve",
+]
+
+ALGORITHMS: dict[str, str] = {
+    "evolution": "searchlab.algorithms.evolution:Evolution",
+    "listed": "searchlab.algorithms.simple:Listed",
+    "random": "searchlab.algorithms.simple:Random",
+}
+
+
+def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
+    """Imports what a registry's "module:attribute" string names.
+
+    Raises:
+        ConfigError: the name is not registered; lists the known ones.
+    """
+    if name not in registry:
+        raise unknown_name(kind, name, registry)
+    module, attribute = registry[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class AlgorithmSpec:
+    """An algorithm by name with its options (the keyword arguments of its class)."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, space: Space, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
+        """The algorithm at the beginning of a stage."""
+        factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
+        try:
+            return factory(space, seed=seed, first_id=first_id, seeds=seeds, **self.options)
+        except TypeError as error:
+            raise ConfigError(f"options of {self.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a stage stops.
+
+    Attributes:
+        evaluations: jobs that are paid, baselines apart; None = until the algorithm is exhausted.
+        seconds: wall time of the stage in this process.
+        includes_hits: count jobs that the cache answered too.
+    """
+
+    evaluations: int | None = None
+    seconds: float | None = None
+    includes_hits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.evaluations is not None and self.evaluations < 0:
+            raise ConfigError(f"budget of {self.evaluations} evaluations; allowed: 0 or more")
+        if self.seconds is not None and self.seconds <= 0:
+            raise ConfigError(f"budget of {self.seconds} seconds; allowed: more than 0")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a finished stage knows, for the rule that starts the next one."""
+
+    space: Space
+    population: Population
+    origin: tuple[str, ...]
+    losses: NDArray[np.float64]
+
+
+class Adopt(Protocol):
+    """Turns the answers of the stage before into seeds of the next, as a pure function of them."""
+
+    def __call__(self, answers: Answers, space: Space) -> Seeds: ...
+
+
+@dataclass(frozen=True)
+class AdoptBest:
+    """Seeds the next stage with the best candidates of the one before.
+
+    Attributes:
+        k: how many, per group.
+        per: name of a static cost (`space.cost`) whose integer values are the groups; None = one.
+        kinds: prefixes of origins that get a quota of k each ("" = everything), so that for
+            example a family of known points does not crowd out another one.
+    """
+
+    k: int
+    per: str | None = None
+    kinds: tuple[str, ...] = ("",)
+
+    def __call__(self, answers: Answers, space: Space) -> Seeds:
+        from searchlab.algorithms.base import Seeds
+
+        rows = _best_rows(answers, self.k, self.per, self.kinds)
+        population = answers.population.take(rows)
+        return Seeds(population, tuple(answers.origin[i] for i in rows))
+
+
+def _best_rows(
+    answers: Answers, k: int, per: str | None, kinds: Sequence[str]
+) -> NDArray[np.int64]:
+    loss = answers.losses[:, 0]
+    if per is None:
+        groups = np.zeros(len(loss), dtype=np.int64)
+    else:
+        groups = np.rint(answers.space.cost(answers.population)[per]).astype(np.int64)
+    chosen: dict[int, None] = {}
+    for group in np.unique(groups):
+        for kind in kinds:
+            member = np.array([origin.startswith(kind) for origin in answers.origin])
+            rows = np.flatnonzero((groups == group) & member & np.isfinite(loss))
+            order = rows[np.argsort(loss[rows], kind="stable")][:k]
+            chosen.update(dict.fromkeys(order.tolist()))
+    return np.array(list(chosen), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One leg of a run: a space searched by an algorithm under an evaluator at one fidelity.
+
+    Attributes:
+        name: shown in tables and progress.
+        seeds: baselines ("baseline:NAME") and warm starts ("seed:NAME") proposed first; those with
+            a baseline's origin are counted apart from the budget.
+        adopt: makes further seeds from the stage before.
+        fidelity: index into the evaluator's fidelities; -1 = the truth.
+    """
+
+    name: str
+    space: Space
+    evaluator: Evaluator
+    algorithm: AlgorithmSpec
+    budget: Budget = Budget()
+    fidelity: int = -1
+    seeds: Seeds | None = None
+    adopt: Adopt | None = None
+
+    @property
+    def fidelity_index(self) -> int:
+        n = len(self.evaluator.fidelities)
+        if not -n <= self.fidelity < n:
+            raise ConfigError(f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}")
+        return self.fidelity % n
+
+
+@dataclass(frozen=True)
+class Final:
+    """Scores the best again where the search never looked.
+
+    The k best of every group and the baselines are scored on `selection` fresh replicates; then the
+    winner and the chosen baseline of each group once on each of the `report` replicates.
+
+    Attributes:
+        k: finalists per group.
+        selection: replicates of the selection split.
+        report: replicates (noise banks) of the report split; 2 or more give an interval.
+        baselines: at most this many baselines per group and kind reach the selection split, best
+            search value first; `named` ones always do.
+        named: names of baselines that are scored on both splits whatever their rank.
+        alpha: the interval covers 1 - alpha.
+    """
+
+    k: int = 5
+    selection: int = 1
+    report: int = 4
+    baselines: int = 5
+    named: tuple[str, ...] = ()
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.k, self.selection, self.report, self.baselines) < 1:
+            raise ConfigError("final: k, selection, report and baselines are 1 or more")
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"final: alpha {self.alpha}; allowed: between 0 and 1")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that determines a run.
+
+    Attributes:
+        stages: in order; ids go on from one to the next.
+        name: default name of the run.
+        seed: the one user seed.
+        lag: at most this many jobs are open; fixed when the run is opened. None = chosen from the
+            number of workers.
+        chunk: jobs per call of the evaluator; None = the algorithm's quantum.
+        group_by: static cost whose integer values are reported apart (model calls, for example).
+        groups: the groups that are reported; empty = whatever occurs.
+        upto: a group is a limit: what needs less competes in it too.
+        final: None = no final.
+        recipe: name of the recipe that made this, "" for a search made in Python.
+        options: the recipe's options as JSON.
+    """
+
+    stages: tuple[Stage, ...]
+    name: str = "search"
+    seed: int = 0
+    lag: int | None = None
+    chunk: int | None = None
+    group_by: str | None = None
+    groups: tuple[int, ...] = ()
+    upto: bool = False
+    final: Final | None = None
+    recipe: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("a search without stages; allowed: one stage or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed}; allowed: 0 to 2**63 - 1")
+        for name, value in (("lag", self.lag), ("chunk", self.chunk)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}; allowed: 1 or more")
+
+    def describe(self) -> dict[str, Any]:
+        """JSON that must be equal for a run to be resumed (budgets may grow)."""
+        return {
+            "recipe": self.recipe,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "group_by": self.group_by,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "space": stage.space.fingerprint,
+                    "algorithm": stage.algorithm.build(
+                        stage.space, seed=self.seed, first_id=0, seeds=None
+                    ).settings(),
+                    "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
+                }
+                for stage in self.stages
+            ],
+        }

@@ -1,0 +1,504 @@
+"""Runs a configuration from its first id to its verdict, and the short form for Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchlab.algorithms.base import Algorithm, Seeds
+from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage
+from searchlab.errors import ConfigError, StudyError
+from searchlab.evaluator import (
+    REPORT_REPLICATE,
+    SELECTION_REPLICATE,
+    Evaluator,
+    FunctionEvaluator,
+    Objective,
+    environment,
+    identity_digest,
+)
+from searchlab.executors import Executor, LocalExecutor
+from searchlab.final import (
+    FINAL_ID,
+    FINAL_STAGE,
+    LIST_IDS,
+    ROUND_IDS,
+    Contender,
+    contenders,
+    distinct,
+    plan_final,
+    score_final,
+)
+from searchlab.loop import Callback, StageRun, stage_answers
+from searchlab.population import OK, Population
+from searchlab.result import GroupResult, Result, curve_of
+from searchlab.space import Space
+
+if TYPE_CHECKING:
+    from searchlab.study import Store
+
+__all__ = ["run", "search", "verify"]
+
+LAG_PER_WORKER = 2
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What is fixed when a run is opened and kept by every resume."""
+
+    lag: int
+    chunk: int
+
+
+def _pace(config: SearchConfig, algorithm: Algorithm, workers: int, store: Store) -> _Pace:
+    stored = store.get_meta("pace") or {}
+    chunk = stored.get("chunk") or config.chunk or algorithm.quantum
+    lag = stored.get("lag") or config.lag
+    if lag is None:
+        # One worker in this process is never idle, so that waiting costs nothing there.
+        lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
+    lag = max(lag, algorithm.quantum)
+    if algorithm.max_lag is not None:
+        lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
+    if not stored:
+        store.set_meta("pace", {"lag": lag, "chunk": chunk})
+    return _Pace(lag, chunk)
+
+
+def _build(stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store) -> Algorithm:
+    seeds = stage.seeds or Seeds(stage.space.empty(), ())
+    if stage.adopt is not None:
+        if index == 0:
+            raise ConfigError(f"stage {stage.name!r} adopts, but there is no stage before it")
+        adopted = stage.adopt(stage_answers(store, config.stages[index - 1], index - 1), stage.space)
+        seeds = Seeds(
+            Population.concat([seeds.population, adopted.population]),
+            (*seeds.origin, *adopted.origin),
+        )
+    return stage.algorithm.build(stage.space, seed=config.seed, first_id=first_id, seeds=seeds)
+
+
+def run(
+    config: SearchConfig,
+    *,
+    store: Store | None = None,
+    executor: Executor | None = None,
+    callbacks: Sequence[Callback] = (),
+    share: bool = True,
+) -> Result:
+    """Runs (or resumes) a configuration.
+
+    Args:
+        config: what to run.
+        store: where records go; a run in memory by default. What it holds already is not paid
+            again.
+        executor: where candidates are evaluated; this process by default.
+        callbacks: called after every recorded batch.
+        share: use values that other runs of the same database paid for.
+
+    Returns:
+        The result; of an interrupted run what is known so far (meta["status"] says so).
+
+    Raises:
+        SearchlabError: bad configuration, before anything costly; an evaluator that fails always.
+    """
+    from searchlab.study import MemoryRun
+
+    store = store if store is not None else MemoryRun(config.name)
+    executor = executor if executor is not None else LocalExecutor()
+    evaluators = _evaluators(config)
+    started = time.monotonic()
+    status, stop_reason = "failed", ""
+    try:
+        for index, stage in enumerate(config.stages):
+            if stage.adopt is None:  # the others need answers first
+                _build(stage, index, 0, config, store)
+        executor.start(evaluators)
+        for evaluator in evaluators:
+            store.register_evaluator(
+                identity_digest(evaluator), dict(evaluator.identity()), environment()
+            )
+        first_id = 0
+        for index, stage in enumerate(config.stages):
+            algorithm = _build(stage, index, first_id, config, store)
+            pace = _pace(config, algorithm, executor.workers, store)
+            leg = StageRun(
+                stage,
+                index,
+                first_id,
+                config.seed,
+                store,
+                executor,
+                algorithm,
+                max(pace.lag, algorithm.quantum),
+                pace.chunk,
+                evaluator_index=evaluators.index(stage.evaluator),
+                group_by=config.group_by,
+                callbacks=tuple(callbacks),
+                other_runs=share,
+            )
+            if index == 0:
+                _measure_repeat(stage, algorithm, pace, store)
+            first_id = leg.run()
+            stop_reason = leg.stop_reason
+            if leg.interrupted:
+                status = "interrupted"
+                break
+        else:
+            status = "finished"
+        result = collect(config, store)
+        if config.final is not None and status == "finished":
+            try:
+                _run_final(config, result, store, executor, evaluators, share)
+            except KeyboardInterrupt:
+                status = "interrupted"
+        seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
+        store.set_meta("seconds", seconds)
+        store.set_meta("stop_reason", stop_reason)
+        result.meta.update(status=status, stop_reason=stop_reason, seconds=seconds)
+        store.set_meta("result", result.to_json())
+        store.commit()
+        return result
+    finally:
+        executor.close()
+        store.close(status)
+
+
+def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
+    out: list[Evaluator] = []
+    for stage in config.stages:
+        if not any(stage.evaluator is known for known in out):
+            out.append(stage.evaluator)
+    return tuple(out)
+
+
+def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Store) -> None:
+    """Evaluates the first candidate alone and inside a full chunk; stores the difference.
+
+    Done at the cheapest fidelity, with whatever the evaluator keeps between calls forgotten, and
+    charged to nobody. A claim of exactness that does not hold here becomes an error.
+    """
+    if store.get_meta("repeat") is not None:
+        return
+    size = max(2, pace.chunk)
+    fresh = algorithm.ask(algorithm.first_id, size)
+    algorithm._issued.clear()
+    if not len(fresh):
+        return
+    forget: Callable[[], None] = getattr(stage.evaluator, "forget", lambda: None)
+    rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
+    jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
+    try:
+        forget()
+        together = stage.evaluator.evaluate(jobs).values[0]
+        forget()
+        alone = stage.evaluator.evaluate(jobs.take([0])).values[0]
+        forget()
+        again = stage.evaluator.evaluate(jobs.take([0])).values[0]
+    except Exception:  # the search itself will record this failure with its reason
+        return
+    alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
+    in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))
+    store.set_meta("repeat", {"alone_twice": alone_again, "alone_or_in_chunk": in_batch})
+    if stage.evaluator.reproducibility == "exact" and max(alone_again, in_batch) > 0:
+        import warnings
+
+        from searchlab.errors import SearchlabWarning
+
+        warnings.warn(
+            f"the evaluator says 'exact', but its first candidate differs by {alone_again:.3g} "
+            f"between two calls and by {in_batch:.3g} between alone and in a chunk; "
+            "its trace is then only repeatable on the same machine and chunk size",
+            SearchlabWarning,
+            stacklevel=3,
+        )
+
+
+# -- results ------------------------------------------------------------------------------------
+
+
+def collect(config: SearchConfig, store: Store) -> Result:
+    """The result as the records of the search tell it, without selection and report values."""
+    records = store.records()
+    last = config.stages[-1]
+    digest = identity_digest(last.evaluator)
+    objective = last.evaluator.objectives[0]
+    sign = 1.0 if objective.direction == "min" else -1.0
+    everyone: list[Contender] = []
+    curve: dict[int, list[tuple[int, float]]] = {}
+    for index, stage in enumerate(config.stages):
+        truth = stage.fidelity_index == len(stage.evaluator.fidelities) - 1
+        if identity_digest(stage.evaluator) != digest or not truth:
+            continue
+        part = records.take(np.flatnonzero((records.stage == index) & (records.state == OK)))
+        if not len(part):
+            continue
+        population = stage.space.unpack(part.genotypes)
+        groups = _groups_of(stage.space, population, config.group_by)
+        values = part.values[:, 0]
+        found = contenders(
+            population,
+            [key or b"" for key in part.keys],
+            part.origin,
+            part.ids.tolist(),
+            groups.tolist(),
+            values,
+        )
+        everyone += found
+        curve |= curve_of(part.ids.tolist(), groups.tolist(), values.tolist(), sign)
+    known = sorted({contender.group for contender in everyone})
+    groups_wanted = config.groups or tuple(known)
+    result_groups = []
+    for group in groups_wanted:
+        here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
+        ranked = sorted(here, key=lambda c: (sign * c.search, c.id))
+        searched = [c for c in ranked if c.kind == "searched"]
+        baselines = [
+            next(c for c in ranked if c.kind == kind)
+            for kind in sorted({c.kind for c in ranked} - {"searched"})
+        ]
+        result_groups.append(GroupResult(group, next(iter(searched), None), baselines))
+    stage_of_search = records.stage < FINAL_STAGE
+    counts = {
+        "paid": int((stage_of_search & ~records.cached & (records.state <= 2)).sum()),
+        "hits": int((stage_of_search & records.cached).sum()),
+        "failed": int((stage_of_search & (records.state == 1)).sum()),
+        "final": int((~stage_of_search & ~records.cached & (records.state <= 2)).sum()),
+        "baselines": sum(c.kind != "searched" for c in everyone),
+    }
+    meta: dict[str, Any] = {
+        "seed": config.seed,
+        "recipe": config.recipe,
+        "options": dict(config.options),
+        "repeat": store.get_meta("repeat"),
+        **(store.get_meta("pace") or {}),
+    }
+    return Result(
+        store.name,
+        last.space,
+        objective,
+        result_groups,
+        group_by=config.group_by or "",
+        counts=counts,
+        curve=curve,
+        alpha=config.final.alpha if config.final else 0.05,
+        meta=meta,
+        records=records,
+        everyone=everyone,
+    )
+
+
+def _groups_of(space: Space, population: Population, group_by: str | None) -> NDArray[np.int64]:
+    if group_by is None:
+        return np.zeros(len(population), dtype=np.int64)
+    return np.rint(space.cost(population)[group_by]).astype(np.int64)
+
+
+def _run_final(
+    config: SearchConfig,
+    result: Result,
+    store: Store,
+    executor: Executor,
+    evaluators: tuple[Evaluator, ...],
+    share: bool,
+) -> None:
+    assert config.final is not None
+    final, sign, stage = config.final, result.sign, config.stages[-1]
+    groups = [group.group for group in result.groups]
+    plans = plan_final(result.everyone, final, groups, sign, upto=config.upto)
+    entrants = distinct([c for plan in plans for c in plan.all()])
+    round_number = _final_round(store, entrants)
+    base = {"selection": SELECTION_REPLICATE, "report": REPORT_REPLICATE}
+
+    def score(split: str, number: int, parts: Sequence[Contender]) -> NDArray[np.float64]:
+        listed = Seeds(
+            Population.concat([c.population for c in parts]), tuple(c.origin for c in parts)
+        )
+        offset = number + (64 if split == "report" else 0)
+        first_id = FINAL_ID + round_number * ROUND_IDS + offset * LIST_IDS
+        final_stage = replace(
+            stage,
+            name=f"{split} {number}",
+            algorithm=AlgorithmSpec("listed", {"repeats": "allow"}),
+            budget=Budget(),
+            seeds=listed,
+            adopt=None,
+            fidelity=-1,
+        )
+        algorithm = final_stage.algorithm.build(
+            stage.space, seed=config.seed, first_id=first_id, seeds=listed
+        )
+        algorithm.quantum = _pace(config, algorithm, executor.workers, store).chunk
+        leg = StageRun(
+            final_stage,
+            FINAL_STAGE + 128 * round_number + offset,
+            first_id,
+            config.seed,
+            store,
+            executor,
+            algorithm,
+            max(algorithm.quantum, 2 * executor.workers * algorithm.quantum),
+            algorithm.quantum,
+            evaluator_index=evaluators.index(stage.evaluator),
+            replicate=base[split] + number,
+            group_by=None,
+            other_runs=share,
+        )
+        leg.run()
+        if leg.interrupted:
+            raise KeyboardInterrupt
+        answers = stage_answers(store, final_stage, leg.index)
+        value = dict(
+            zip(stage.space.keys(answers.population), sign * answers.losses[:, 0], strict=True)
+        )
+        out = np.array([value.get(c.key, np.nan) for c in parts])
+        return np.where(np.isfinite(out), out, np.nan)
+
+    score_final(plans, final, sign, score)
+    _fill_groups(result, plans, final, sign)
+    records = store.records()
+    result.records = records
+    result.counts["final"] = int(
+        ((records.stage >= FINAL_STAGE) & ~records.cached & (records.state <= 2)).sum()
+    )
+
+
+def _fill_groups(result: Result, plans: Any, final: Final, sign: float) -> None:
+    from searchlab.final import best_of, chosen
+
+    for group, plan in zip(result.groups, plans, strict=True):
+        order = [c for c in chosen(plan, final, sign) if c.kind != "searched"]
+        group.winner = best_of(plan.finalists, sign) or group.winner
+        group.baselines = sorted(order, key=lambda c: (c.kind, sign * c.selection))
+        group.finalists = list(plan.finalists)
+
+
+def _final_round(store: Store, entrants: Sequence[Contender]) -> int:
+    """A new round where the finalists are others than last time (the search went on)."""
+    keys = [contender.key.hex() for contender in entrants]
+    stored = store.get_meta("final") or {"round": -1, "keys": []}
+    if stored["keys"] != keys:
+        stored = {"round": stored["round"] + 1, "keys": keys}
+        store.set_meta("final", stored)
+    return int(stored["round"])
+
+
+# -- verify -------------------------------------------------------------------------------------
+
+
+def verify(config: SearchConfig, store: Store) -> list[str]:
+    """Recomputes every proposal from the recorded values; returns what differs (nothing if equal).
+
+    Evaluates nothing. Holds for every evaluator: proposals are a function of the seed, the lag and
+    the recorded values.
+    """
+    pace = store.get_meta("pace")
+    if pace is None:
+        raise StudyError(f"run {store.name!r} has no records to verify")
+    first_id = 0
+    out: list[str] = []
+    for index, stage in enumerate(config.stages):
+        algorithm = _build(stage, index, first_id, config, store)
+        leg = StageRun(
+            replace(stage, budget=Budget()),
+            index,
+            first_id,
+            config.seed,
+            store,
+            None,
+            algorithm,
+            max(pace["lag"], algorithm.quantum),
+            pace["chunk"],
+            group_by=None,
+            recompute=True,
+        )
+        first_id = leg.run()
+        out += [f"stage {stage.name!r}, {text}" for text in leg.mismatches]
+    return out
+
+
+# -- the short form -----------------------------------------------------------------------------
+
+
+def search(
+    space: Space,
+    objective: Callable[..., Any] | Evaluator,
+    *,
+    budget: int = 200,
+    seed: int = 0,
+    algorithm: str | AlgorithmSpec = "evolution",
+    direction: Literal["min", "max"] = "min",
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    final: Final | None = None,
+    name: str = "search",
+    out: str | Path | None = None,
+    database: str | Path | None = None,
+    executor: Executor | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Searches a space for what an objective likes best.
+
+    Args:
+        space: what may vary.
+        objective: `f(**values) -> float`, a function decorated with `searchlab.evaluator`, or an
+            Evaluator.
+        budget: evaluations to pay for, baselines apart.
+        seed: the one seed; equal seeds give equal traces.
+        algorithm: a registered name or a spec with options.
+        direction: of a plain function's value.
+        baselines: name -> values; scored first, shown beside the result and used as parents.
+        final: rescore the best on splits the search never saw; for evaluators with replicates.
+        name: of the run.
+        out: a folder for the run's artefacts; gives the run a database there.
+        database: a SQLite path or an SQLAlchemy URL; in memory when neither it nor `out` is given.
+        executor: where candidates are evaluated; this process by default.
+        callbacks: called after every recorded batch.
+
+    Returns:
+        The result; `result.best.plan` holds the values.
+    """
+    evaluator = _as_evaluator(space, objective, direction)
+    spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
+    seeds = None
+    if baselines:
+        population = space.population(list(baselines.values()))
+        feasible = space.is_feasible(population)
+        for row, key in enumerate(baselines):
+            if not feasible[row]:
+                raise ConfigError(f"baseline {key!r} is not allowed by the space")
+        seeds = Seeds(population, tuple(f"baseline:{key}" for key in baselines))
+    stage = Stage("search", space, evaluator, spec, Budget(budget), seeds=seeds)
+    config = SearchConfig((stage,), name=name, seed=seed, final=final)
+    if out is None and database is None:
+        return run(config, executor=executor, callbacks=callbacks)
+    from searchlab.study import Database
+
+    folder = Path(out) if out is not None else Path("runs") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Database(database if database is not None else folder / "searchlab.db")
+    try:
+        store = base.open_run(
+            name, config=config.describe(), space=space.fingerprint, seed=seed, out=str(folder)
+        )
+        return run(config, store=store, executor=executor, callbacks=callbacks)
+    finally:
+        base.close()
+
+
+def _as_evaluator(
+    space: Space, objective: Callable[..., Any] | Evaluator, direction: Literal["min", "max"]
+) -> Evaluator:
+    if isinstance(objective, Evaluator):
+        return objective
+    if not callable(objective):
+        raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
+    if getattr(objective, "builds_evaluator", False):
+        built: Evaluator = objective(space)
+        return built
+    return FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
