@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -22,98 +21,32 @@ from torch import Tensor
 
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
-from searchlab.evaluators.noise import Split, split_seed
+from searchlab.evaluators.noise import Split
 from searchlab.evaluators.pipeline_loading import PipelineSource, pipeline_digest
 from searchlab.evaluators.pipeline_metric import Metric, checked_metric
-from searchlab.evaluators.pipeline_sampling import Capture, PipelineSampler, RowDenoiser, Rows
+from searchlab.evaluators.pipeline_rows import RowDenoiser, in_blocks
+from searchlab.evaluators.pipeline_samples import SampleSet
+from searchlab.evaluators.pipeline_sampling import Capture, PipelineSampler, Rows
+from searchlab.evaluators.pipeline_settings import PipelineSettings, reference_schedule
 from searchlab.evaluators.sampling import split_of
 from searchlab.evaluators.trajectories import MIN_ROWS, PrefixTree
 from searchlab.population import FAILED, OK, Evaluations, Jobs, Population
-from searchlab.spaces.solver_schedule.grids import karras_grid, time_grid
-from searchlab.spaces.solver_schedule.installed import times_of, without_ends
-from searchlab.spaces.solver_schedule.noise_schedule import Flow, NoiseSchedule
+from searchlab.spaces.solver_schedule.grids import time_grid
+from searchlab.spaces.solver_schedule.installed import without_ends
+from searchlab.spaces.solver_schedule.noise_schedule import NoiseSchedule
 from searchlab.spaces.solver_schedule.points import ddim, dpmpp_2m
 from searchlab.spaces.solver_schedule.schedule import Schedule
 from searchlab.spaces.solver_schedule.table import compile_schedule
 
-__all__ = ["PipelineEvaluator", "PipelineSettings", "reference_schedule"]
+__all__ = ["PipelineEvaluator"]
 
 VERSION = 1
 _REMEMBERED_BANKS = 3
 _PROBE_ROWS = 4
 # What the two ways of sampling may differ by, relative: rounding of single and of half precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-_FEWEST_TO_SPLIT = 8
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """What is fixed about sampling while schedules vary.
-
-    Attributes:
-        width, height: pixels; None = the pipeline's own.
-        guidance_scale: as handed to the pipeline; None = its default.
-        num_frames: for video pipelines.
-        reference_steps: model calls of the reference, 4 or more.
-        n_noise: start noises per prompt; None = 1, or 16 where there are no prompts.
-        seed: of the start noise, apart from the search's seed.
-        max_rows: samples per call of the pipeline.
-        path: "pipeline" runs the pipeline's own loop; "rows" batches schedules at the network;
-            "auto" takes the latter where a probe finds both equal.
-    """
-
-    width: int | None = None
-    height: int | None = None
-    guidance_scale: float | None = None
-    num_frames: int | None = None
-    reference_steps: int = 50
-    n_noise: int | None = None
-    seed: int = 0
-    max_rows: int = 16
-    path: Literal["auto", "pipeline", "rows"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name, low in (("reference_steps", 4), ("n_noise", 1), ("max_rows", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name} is {value}; allowed: {low} or more")
-        for name in ("width", "height", "num_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; allowed: 1 or more")
-        if self.path not in ("auto", "pipeline", "rows"):
-            raise ConfigError(f"path {self.path!r}; allowed: auto, pipeline, rows")
-
-    def call(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
-        names = ("width", "height", "guidance_scale", "num_frames")
-        return {name: getattr(self, name) for name in names}
-
-
-def reference_schedule(
-    noise: NoiseSchedule, steps: int, *, scheduler: Any = None, mu: float | None = None
-) -> Schedule:
-    """The many-step run that candidates are compared with: DPM-Solver++(2M), to the clean end.
-
-    One solver for all families, since many installed ones are stochastic, clip, or round their time
-    steps. Flow: on the scheduler's own shifted grid where it gives one. VP and EDM: rho = 7 grid
-    from the start to the default end and one step to sigma = 0.
-
-    Args:
-        noise: the pipeline's noise schedule.
-        steps: model calls.
-        scheduler: the pipeline's own, for the grid of flow models.
-        mu: its dynamic shift.
-    """
-    if isinstance(noise, Flow):
-        try:
-            times = times_of(scheduler, steps, mu=mu)
-        except SearchlabError:
-            times = time_grid(noise, steps, noise.start, noise.clean)
-    else:
-        times = karras_grid(noise, steps - 1, noise.start, noise.end)
-        times = np.append(times, noise.clean)
-    return dpmpp_2m(times, noise)
+# Bytes of states at one time step; the whole trajectories held are about 30 times that.
+_STATE_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -121,7 +54,7 @@ class _Bank:
     """Samples of one split and replicate: what conditions them, their reference."""
 
     rows: Rows
-    prompts: tuple[str, ...]
+    prompts: list[str]
     captures: list[Capture] = field(default_factory=list)
     denoiser: RowDenoiser | None = None
     trees: dict[int, PrefixTree] = field(default_factory=dict)
@@ -170,16 +103,9 @@ class PipelineEvaluator:
         self.plans = plans
         self.metric = metric
         self.metric_direction = metric_direction
-        self.tensors = dict(tensors or {})
-        self.prompts = None if prompts is None else tuple(prompts)
-        counts = {len(v) for v in self.tensors.values()}
-        if self.prompts is not None:
-            counts.add(len(self.prompts))
-        if len(counts) > 1 or 0 in counts:
-            raise ConfigError(
-                f"prompts and tensors have {sorted(counts)} rows; allowed: one number"
-            )
-        self._conditions = counts.pop() if counts else 0
+        self.samples = SampleSet(
+            prompts, tensors or {}, n_noise=self.settings.n_noise, seed=self.settings.seed
+        )
         self._source = pipeline if isinstance(pipeline, PipelineSource) else None
         self._given = None if self._source is not None else pipeline
         self._reset()
@@ -211,8 +137,9 @@ class PipelineEvaluator:
             sampler = PipelineSampler(
                 pipeline, settings=self.settings.call(), max_rows=self.settings.max_rows
             )
-            if sampler.takes_prompts and not self._conditions:
-                raise ConfigError(f"{type(pipeline).__name__} needs prompts, got none")
+            if sampler.takes_prompts != bool(self.samples.conditions):
+                rule = "needs prompts, got none" if sampler.takes_prompts else "takes no prompts"
+                raise ConfigError(f"{type(pipeline).__name__} {rule}")
             self._digest = pipeline_digest(pipeline)
             self._sampler = sampler
         return self._sampler
@@ -223,9 +150,20 @@ class PipelineEvaluator:
         return self.sampler.noise
 
     @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Width and height in pixels: as set, or as the states show them; None where unknown."""
+        width, height = self.settings.width, self.settings.height
+        shape = self._bank("search", 0).captures[0].start.shape
+        if len(shape) == 4:  # packed states do not show it
+            scale = int(getattr(self.sampler.pipeline, "vae_scale_factor", 1))
+            width, height = width or shape[3] * scale, height or shape[2] * scale
+        return width, height
+
+    @property
     def guidance_scale(self) -> float | None:
         """The guidance scale in use: the given one, or the default of the pipeline's call."""
-        return self.sampler.default("guidance_scale", self.settings.guidance_scale)
+        scale = self.sampler.default("guidance_scale", self.settings.guidance_scale)
+        return None if scale is None else float(scale)
 
     @property
     def signals(self) -> tuple[Signal, ...]:
@@ -233,42 +171,22 @@ class PipelineEvaluator:
 
     @property
     def fidelities(self) -> tuple[Fidelity, ...]:
-        counts = self._counts()
+        counts = self.samples.counts()
         return tuple(Fidelity(f"{n} samples", n / counts[-1]) for n in counts)
-
-    def _n_noise(self) -> int:
-        return self.settings.n_noise or (1 if self._conditions else 16)
-
-    def _counts(self) -> list[int]:
-        full = max(1, len(self._chosen("search"))) * self._n_noise()
-        few = max(2, full // 4)
-        return [few, full] if few < full else [full]
-
-    def _chosen(self, split: Split) -> list[int]:
-        """Which prompts a split uses: half for the search, a quarter each for the others."""
-        every = range(self._conditions)
-        if self._conditions < _FEWEST_TO_SPLIT:
-            return list(every)
-        parts = {"search": (0, 1), "selection": (2,), "report": (3,)}[split]
-        return [i for i in every if i % 4 in parts]
 
     def identity(self) -> Mapping[str, Any]:
         """Model, prompts, settings, noise and reference; not the path, which is probed equal."""
         sampler = self.sampler
-        digest = blake2b(repr(self.prompts).encode(), digest_size=16)
-        for name, value in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
         s = self.settings
         metric = self.metric
         return {
             "version": VERSION,
             "model": self._digest,
-            "conditions": digest.hexdigest(),
+            "conditions": self.samples.digest(),
             "noise": sampler.noise.to_json(),
             "settings": {k: v for k, v in s.call().items() if v is not None},
             "reference_steps": s.reference_steps,
-            "n_noise": self._n_noise(),
+            "n_noise": self.samples.n_noise,
             "seed": s.seed,
             "metric": None if metric is None else f"{metric.__module__}:{_name(metric)}",
         }
@@ -291,7 +209,7 @@ class PipelineEvaluator:
         self.reproducibility = self._proven(bank)
         if self.metric is not None:
             rows = bank.rows.take(slice(0, 2))
-            rows = rows if len(rows) == 2 else _doubled(rows)
+            rows = rows if len(rows) == 2 else _two(rows)
             prompts = (bank.prompts * 2)[:2]
             images = self.sampler.images(self._probes()[0], rows)
             checked_metric(self.metric, images, prompts)
@@ -317,7 +235,7 @@ class PipelineEvaluator:
         return reference_schedule(sampler.noise, steps, scheduler=sampler.scheduler, mu=self.mu)
 
     def evaluate(self, jobs: Jobs) -> Evaluations:
-        """RMSE of each candidate's final states; a schedule that cannot run fails with its reason."""
+        """RMSE of each candidate's final states; one that cannot run fails with its reason."""
         if self.plans is None:
             raise EvaluationError("the evaluator has no plans; set plans to the space's")
         self.prepare()
@@ -325,7 +243,7 @@ class PipelineEvaluator:
         bank = self._bank(split, index)
         n = len(bank.rows)
         if split == "search":
-            n = min(n, self._counts()[jobs.fidelity])
+            n = min(n, self.samples.counts()[jobs.fidelity])
         reference = self._reference(bank)[:n]
         schedules = self.plans(jobs.population)
         reason = [self._refused(schedule) for schedule in schedules]
@@ -410,22 +328,17 @@ class PipelineEvaluator:
 
     def _new_bank(self, split: Split, index: int) -> _Bank:
         sampler = self.sampler
-        seed = split_seed(self.settings.seed, split, index)
-        chosen = self._chosen(split)
-        pairs = [(c, k) for k in range(self._n_noise()) for c in (chosen or [0])]
-        prompts = tuple("" if self.prompts is None else self.prompts[c] for c, _ in pairs)
-        picked = torch.tensor([c for c, _ in pairs])
-        device = sampler.pipeline.device
-        rows = Rows(
-            tuple(_row_seed(seed, c, k) for c, k in pairs),
-            None if self.prompts is None else prompts,
-            {name: value[picked].to(device) for name, value in self.tensors.items()},
-        )
+        rows, prompts = self.samples.rows(split, index, device=sampler.pipeline.device)
         captures = [
             sampler.capture(rows.take(slice(start, start + sampler.max_rows)))
             for start in range(0, len(rows), sampler.max_rows)
         ]
         return _Bank(rows, prompts, captures)
+
+    def _other(self, bank: _Bank) -> Capture:
+        """A capture of another number of rows than the bank's first."""
+        n = len(bank.captures[0].start)
+        return self.sampler.capture(bank.rows.take(slice(0, n - 1)) if n > 1 else _two(bank.rows))
 
     def _reference(self, bank: _Bank) -> Tensor:
         if bank.reference is None:
@@ -446,12 +359,16 @@ class PipelineEvaluator:
     def _by_rows(self, schedules: Sequence[Schedule], bank: _Bank, n: int) -> list[Tensor]:
         if bank.denoiser is None:
             bank.denoiser = RowDenoiser(
-                self.sampler, bank.captures, guidance_scale=self.guidance_scale
+                self.sampler,
+                bank.captures,
+                other=self._other(bank),
+                guidance_scale=self.guidance_scale,
             )
         if n not in bank.trees:
             start = bank.denoiser.start[:n].float()
-            call = _blocks(bank.denoiser, n, max(MIN_ROWS, self.settings.max_rows))
-            bank.trees[n] = PrefixTree(call, start, min_rows=1)
+            call = in_blocks(bank.denoiser, n, max(MIN_ROWS, self.settings.max_rows))
+            at_once = _STATE_BYTES // (start[0].numel() * start.element_size())
+            bank.trees[n] = PrefixTree(call, start, min_rows=1, max_rows=at_once)
         tables = [compile_schedule(schedule) for schedule in schedules]
         with torch.no_grad():
             return list(bank.trees[n].run(tables))
@@ -502,30 +419,6 @@ class PipelineEvaluator:
         return "exact" if same else "batch"
 
 
-def _blocks(denoiser: RowDenoiser, n: int, size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`denoiser` for rows that repeat n samples, in network calls of `size` rows each.
-
-    Always the same number of rows, since matrix products depend on it in the last bits.
-    """
-
-    def call(x: Tensor, t: Tensor) -> Tensor:
-        parts = []
-        item = torch.arange(len(x), device=x.device) % n
-        for start in range(0, len(x), size):
-            take = torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1)
-            answer = denoiser(x[take], t[take], item[take])
-            parts.append(answer[: len(x) - start])
-        return torch.cat(parts)
-
-    return call
-
-
-def _row_seed(bank: int, condition: int, noise: int) -> int:
-    """Seed of one sample's generator, below 2**63."""
-    digest = blake2b(f"{bank} {condition} {noise}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def _mean_square(final: Tensor, reference: Tensor) -> NDArray[np.float64]:
     difference = (final.double() - reference.double()).flatten(1)
     return np.asarray((difference**2).mean(dim=1).cpu().numpy())
@@ -535,7 +428,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).double().norm() / b.double().norm())
 
 
-def _doubled(rows: Rows) -> Rows:
+def _two(rows: Rows) -> Rows:
+    """A single row twice."""
     return Rows(
         rows.seeds * 2,
         None if rows.prompts is None else rows.prompts * 2,

@@ -69,8 +69,8 @@ def load_pipeline(
 
     Weights are read from safetensors only, and no code of the repository is run. A hub id is
     checked with one request of at most some seconds before anything is downloaded; without a
-    connection, or with HF_HUB_OFFLINE set, the local cache is used. Pipelines that were saved with a
-    `SearchedScheduler` load as they are.
+    connection, or with HF_HUB_OFFLINE set, the local cache is used. Pipelines that were saved with
+    a `SearchedScheduler` load as they are.
 
     Args:
         location: directory with a model_index.json, or hub id such as "owner/name".
@@ -86,9 +86,6 @@ def load_pipeline(
         place = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:N") from None
-    # Diffusers finds the class of a saved scheduler only in modules that are imported already.
-    import searchlab.spaces.solver_schedule.scheduler  # noqa: F401
-
     path = Path(location)
     local = path.is_dir()
     if local:
@@ -97,19 +94,34 @@ def load_pipeline(
             raise DataError(f"{str(location)!r} has no model_index.json, so it is no pipeline")
     else:
         index, local = _hub_index(str(location))
+    # Diffusers finds the class of a saved scheduler only in modules that are imported already. It
+    # comes after the checks above because importing diffusers takes seconds.
+    import searchlab.spaces.solver_schedule.scheduler  # noqa: F401
+
     _check_class(str(location), index)
 
     from diffusers import DiffusionPipeline
 
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(location), torch_dtype=chosen, use_safetensors=True, local_files_only=local
+            str(location),
+            use_safetensors=True,
+            local_files_only=local,
+            **{_dtype_argument(): chosen},
         )
         pipeline.to(place)
     except Exception as error:
         raise DataError(f"cannot load pipeline {str(location)!r}: {_first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _dtype_argument() -> str:
+    """What `from_pretrained` calls the type of the weights in the installed version."""
+    import diffusers
+
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
 
 
 def _first_line(error: BaseException) -> str:
@@ -119,16 +131,20 @@ def _first_line(error: BaseException) -> str:
 
 def _hub_index(name: str) -> tuple[Path, bool]:
     """model_index.json of a hub repository, and whether only local files may be used."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise DataError(f"no such directory: {name!r}; a hub id has the form owner/name")
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HFValidationError,
+            RepositoryNotFoundError,
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f'this needs diffusers; install it with: pip install "searchlab[diffusers]" ({error})'
+        ) from None
     try:
         cached = try_to_load_from_cache(name, "model_index.json")
     except HFValidationError as error:

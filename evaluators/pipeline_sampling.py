@@ -1,15 +1,13 @@
-"""Sampling from a user's pipeline with searched schedules, in two ways.
+"""Sampling by a user's pipeline's own loop, with searched schedules in its scheduler's place.
 
-`PipelineSampler` lets the pipeline run its own loop with our scheduler in it: it works for every
-pipeline, one schedule per call. `RowDenoiser` repeats what the pipeline did around its network, so
-that many schedules share model calls; whether it does so rightly is for its user to probe.
+This works for every pipeline, one schedule per call.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,20 +18,10 @@ from torch import Tensor
 
 from searchlab.errors import EvaluationError, SearchlabError
 from searchlab.evaluators.pipeline_loading import denoisers_of
-from searchlab.spaces.solver_schedule.installed import (
-    noise_schedule_of,
-    prediction_type_of,
-    sigma_data_of,
-)
-from searchlab.spaces.solver_schedule.model_outputs import (
-    input_scale,
-    model_timesteps,
-    prediction_weights,
-)
-from searchlab.spaces.solver_schedule.noise_schedule import Edm
+from searchlab.spaces.solver_schedule.installed import noise_schedule_of
 from searchlab.spaces.solver_schedule.schedule import Schedule, Step
 
-__all__ = ["Capture", "PipelineSampler", "RowDenoiser", "Rows"]
+__all__ = ["Capture", "NetworkCall", "PipelineSampler", "Rows"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Rows:
 
 
 @dataclass
-class _Network:
+class NetworkCall:
     """One call of a network: its arguments by name, copied."""
 
     module: torch.nn.Module
@@ -83,7 +71,7 @@ class Capture:
     """
 
     start: Tensor
-    networks: list[_Network]
+    networks: list[NetworkCall]
     timestep: float
     reads_scale: bool
     reads_input: bool
@@ -124,7 +112,7 @@ class PipelineSampler:
         return "prompt" in self._known
 
     def default(self, name: str, value: Any) -> Any:
-        """`value`, or where that is None the default of the pipeline's call; None if it has none."""
+        """`value`, or where that is None the default of the pipeline's call."""
         if value is not None or name not in self._known:
             return value
         default = inspect.signature(self.pipeline.__call__).parameters[name].default
@@ -159,10 +147,10 @@ class PipelineSampler:
         return np.broadcast_to(pixels, (*pixels.shape[:-1], 3)).copy()
 
     def capture(self, rows: Rows) -> Capture:
-        """Runs one step on at most `max_rows` rows and notes what the pipeline did."""
+        """Runs one step on all rows at once and notes what the pipeline did."""
         end = self.noise.end if self.noise.end > 0 else self.noise.clean
         schedule = Schedule(self.noise, self.noise.start, (Step(end),))
-        seen: list[_Network] = []
+        seen: list[NetworkCall] = []
         handles = [
             network.register_forward_pre_hook(_noting(seen), with_kwargs=True)
             for network in denoisers_of(self.pipeline)
@@ -170,7 +158,7 @@ class PipelineSampler:
         try:
             with self._installed(schedule) as steps:
                 mine = self.pipeline.scheduler
-                self._call(schedule, rows.take(slice(0, self.max_rows)), "latent")
+                self._call(schedule, rows, "latent")
         finally:
             for handle in handles:
                 handle.remove()
@@ -262,10 +250,10 @@ def _hashable(value: Any) -> Any:
     return None
 
 
-def _noting(seen: list[_Network]) -> Callable[..., None]:
+def _noting(seen: list[NetworkCall]) -> Callable[..., None]:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        seen.append(_Network(module, {k: _copied(v) for k, v in bound.arguments.items()}))
+        seen.append(NetworkCall(module, {k: _copied(v) for k, v in bound.arguments.items()}))
 
     return hook
 
@@ -276,154 +264,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
     return value
-
-
-class RowDenoiser:
-    """Data predictions of a pipeline's network for any rows at any times, guidance included.
-
-    Built from what the pipeline's own calls looked like: one call for all rows, one for twice the
-    rows (first without, then with the prompt), or two calls (first with, then without it). Tensors
-    with a row per sample are taken by row, all else is passed as it was.
-
-    Args:
-        sampler: of the pipeline.
-        captures: of all rows, in order.
-        guidance_scale: as handed to the pipeline; used where it calls its network twice.
-
-    Raises:
-        EvaluationError: the pipeline's calls have another form; says which.
-    """
-
-    def __init__(
-        self, sampler: PipelineSampler, captures: Sequence[Capture], *, guidance_scale: float | None
-    ) -> None:
-        scheduler = sampler.scheduler
-        self._noise = sampler.noise
-        self._prediction = prediction_type_of(scheduler)
-        self._sigma_data = sigma_data_of(scheduler)
-        self._train = int(scheduler.config.get("num_train_timesteps", 1000))
-        first = captures[0]
-        modules = {id(c.module) for capture in captures for c in capture.networks}
-        counts = {len(capture.networks) for capture in captures}
-        if len(modules) != 1 or counts not in ({1}, {2}):
-            raise EvaluationError(
-                f"{len(modules)} networks in {sorted(counts)} calls a step; allowed: one network in"
-                " one or two calls"
-            )
-        self._module = first.networks[0].module
-        self._input = next(iter(inspect.signature(self._module.forward).parameters))
-        self.start = torch.cat([capture.start for capture in captures])
-        self._halves = self._input_rows(first, first.networks[0]) // len(first.start)
-        if self._halves not in (1, 2) or (self._halves == 2 and counts == {2}):
-            raise EvaluationError(
-                f"a network call of {self._halves} times the rows, {counts} calls; allowed: one"
-                " call of one or two times the rows, or two of one"
-            )
-        self._guidance = guidance_scale
-        self._guided = self._halves == 2 or counts == {2}
-        if self._guided and guidance_scale is None:
-            raise EvaluationError("guidance is on, but its scale is not known; give guidance_scale")
-        self._calls = [
-            self._joined([capture.networks[i] for capture in captures], captures)
-            for i in range(counts.pop())
-        ]
-        told = first.networks[0].arguments.get("timestep")
-        if not isinstance(told, Tensor):
-            raise EvaluationError("the network has no argument timestep that is a tensor")
-        self._time_dtype = told.dtype
-        self._time_scale = self._ratio(float(told.flatten()[0]), first.timestep)
-        self._dtype = first.networks[0].arguments[self._input].dtype
-
-    def _input_rows(self, capture: Capture, call: _Network) -> int:
-        value = call.arguments.get(self._input)
-        if not isinstance(value, Tensor) or value.shape[1:] != capture.start.shape[1:]:
-            raise EvaluationError("the network's first argument is not the state")
-        return len(value)
-
-    @staticmethod
-    def _ratio(told: float, published: float) -> float:
-        for ratio in (1.0, 1e-3):
-            if abs(told - ratio * published) <= 5e-3 * abs(ratio * published):
-                return ratio
-        raise EvaluationError(f"the network was told time {told:g} where {published:g} is due")
-
-    def _joined(self, calls: Sequence[_Network], captures: Sequence[Capture]) -> dict[str, Any]:
-        """Arguments for all rows; a tensor by row becomes `_ByRow`."""
-        names = [n for n in calls[0].arguments if n not in (self._input, "timestep")]
-        rows = [len(capture.start) for capture in captures]
-        return {n: self._join([c.arguments.get(n) for c in calls], rows) for n in names}
-
-    def _join(self, values: Sequence[Any], rows: Sequence[int]) -> Any:
-        first = values[0]
-        if isinstance(first, dict):
-            return {k: self._join([v[k] for v in values], rows) for k in first}
-        if not isinstance(first, Tensor):
-            return first
-        by_row = [
-            v.ndim > 0 and len(v) == n * self._halves for v, n in zip(values, rows, strict=True)
-        ]
-        if all(by_row):
-            halves = [v.chunk(self._halves) for v in values]
-            return _ByRow([torch.cat(parts) for parts in zip(*halves, strict=True)])
-        if any(v.shape != first.shape or not torch.equal(v, first) for v in values):
-            raise EvaluationError("an argument of the network changes with the prompts, not by row")
-        return first
-
-    def __call__(self, x: Tensor, t: Tensor, item: Tensor) -> Tensor:
-        """Data predictions.
-
-        Args:
-            x: (rows, ...) states, float32.
-            t: (rows,) native times.
-            item: (rows,) int64, which of the captured rows conditions each.
-
-        Returns:
-            (rows, ...) float32.
-        """
-        times = t.detach().cpu().double().numpy()
-        state = x.to(self._dtype)
-        given = state
-        if isinstance(self._noise, Edm):
-            scale = input_scale(self._noise, times, sigma_data=self._sigma_data)
-            given = (state.float() * _column(scale, x)).to(self._dtype)
-        published = model_timesteps(self._noise, times, num_train_timesteps=self._train)
-        told = torch.tensor(published, dtype=torch.float32, device=x.device)
-        told = told.to(self._time_dtype) * self._time_scale
-        outputs = []
-        for call in self._calls:
-            arguments = _taken(call, item)
-            rows = {self._input: given, "timestep": told}
-            if self._halves == 2:
-                rows = {k: torch.cat([v, v]) for k, v in rows.items()}
-            answer = self._module(**rows, **arguments)
-            answer = answer[0] if isinstance(answer, tuple) else answer.sample
-            outputs += list(answer.chunk(self._halves))
-        output = outputs[0]
-        if self._guided:
-            plain, with_prompt = outputs if self._halves == 2 else outputs[::-1]
-            output = plain + self._guidance * (with_prompt - plain)
-        output = output.float()
-        if output.shape[1] == 2 * x.shape[1] and output.ndim > 1:
-            output = output[:, : x.shape[1]]
-        a, b = prediction_weights(self._noise, self._prediction, times, sigma_data=self._sigma_data)
-        return _column(a, x) * state.float() + _column(b, x) * output
-
-
-class _ByRow:
-    """A tensor with a row per sample; with guidance in the batch, one for each half."""
-
-    def __init__(self, halves: list[Tensor]) -> None:
-        self.halves = halves
-
-
-def _taken(value: Any, item: Tensor) -> Any:
-    if isinstance(value, _ByRow):
-        return torch.cat([half[item] for half in value.halves])
-    if isinstance(value, dict):
-        return {k: _taken(v, item) for k, v in value.items()}
-    return value
-
-
-def _column(values: np.ndarray[Any, Any], like: Tensor) -> Tensor:
-    column = torch.tensor(values, dtype=torch.float32, device=like.device)
-    return column.view(-1, *[1] * (like.ndim - 1))
