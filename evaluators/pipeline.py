@@ -366,7 +366,9 @@ class PipelineEvaluator:
             )
         if n not in bank.trees:
             start = bank.denoiser.start[:n].float()
-            call = in_blocks(bank.denoiser, n, max(MIN_ROWS, self.settings.max_rows))
+            # The lower bound is for bit-equality on a CPU; on a GPU memory goes first.
+            low = MIN_ROWS if start.device.type == "cpu" else 1
+            call = in_blocks(bank.denoiser, n, max(low, self.settings.max_rows))
             at_once = _STATE_BYTES // (start[0].numel() * start.element_size())
             bank.trees[n] = PrefixTree(call, start, min_rows=1, max_rows=at_once)
         tables = [compile_schedule(schedule) for schedule in schedules]

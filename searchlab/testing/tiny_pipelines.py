@@ -70,7 +70,7 @@ def _condition_unet(width: int, **extra: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
@@ -95,7 +95,7 @@ def _clip_files(directory: Path) -> tuple[str, str]:
 
 
 def tiny_stable_diffusion(directory: Path, *, seed: int = 0) -> Any:
-    """`StableDiffusionPipeline` for 32 x 32 pixels with a real tokenizer and text encoder.
+    """`StableDiffusionPipeline` for 16 x 16 pixels with a real tokenizer and text encoder.
 
     Args:
         directory: where the tokenizer's files are written.
@@ -143,7 +143,7 @@ def tiny_stable_diffusion(directory: Path, *, seed: int = 0) -> Any:
 
 
 def tiny_stable_diffusion_xl(*, seed: int = 0) -> Any:
-    """`StableDiffusionXLPipeline` for 32 x 32 pixels without text encoders."""
+    """`StableDiffusionXLPipeline` for 16 x 16 pixels without text encoders."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     _seeded(seed)

@@ -81,11 +81,11 @@ def prompts_file(tmp_path):
 
 
 def evaluator_of(pipelines, name, **options):
-    settings = {"reference_steps": 10, "n_noise": 6 if name == "ddpm" else 3}
+    settings = {"reference_steps": 6, "n_noise": 6 if name == "ddpm" else 3}
     if name != "ddpm":
-        settings.update(width=32, height=32)
+        settings.update(width=16, height=16)
     if name == "wan":
-        settings.update(num_frames=5)
+        settings.update(width=32, height=32, num_frames=5)
     if name == "sd":
         settings.update(guidance_scale=5.0)
     rest = {k: options.pop(k) for k in ("metric", "metric_direction") if k in options}
@@ -174,14 +174,14 @@ def test_value_is_the_distance_of_plain_pipeline_calls(pipelines):
     own = pipeline.scheduler
     rows, prompts = evaluator.samples.rows("search", 0, device=torch.device("cpu"))
     states = []
-    for plan in (schedule, reference_schedule(evaluator.noise, 10, scheduler=own)):
+    for plan in (schedule, reference_schedule(evaluator.noise, 6, scheduler=own)):
         pipeline.scheduler = SearchedScheduler.from_schedules(plan, like=own)
         generators = [torch.Generator().manual_seed(s) for s in rows.seeds]
         states.append(
             pipeline(
                 prompts,
-                width=32,
-                height=32,
+                width=16,
+                height=16,
                 guidance_scale=5.0,
                 num_inference_steps=plan.nfe,
                 generator=generators,
@@ -406,7 +406,7 @@ def test_metrics_by_name(tmp_path, monkeypatch):
 
 def test_saved_directory_with_prompts(saved, prompts_file):
     options = PipelineOptions(
-        str(saved), prompts_file, size="32", reference_steps=8, n_noise=2, guidance_scale=4.0
+        str(saved), prompts_file, size="16", reference_steps=8, n_noise=2, guidance_scale=4.0
     )
     evaluator, noise, validity = build_pipeline_evaluator(options)
     assert noise.to_json()["beta_schedule"] == "scaled_linear"
@@ -419,8 +419,8 @@ def test_saved_directory_with_prompts(saved, prompts_file):
         "noise": noise.to_json(),
         "shift": None,
         "mu": None,
-        "width": 32,
-        "height": 32,
+        "width": 16,
+        "height": 16,
         "guidance_scale": 4.0,
     }
     json.dumps(validity)
@@ -439,7 +439,7 @@ def test_saved_directory_with_prompts(saved, prompts_file):
 
 
 def test_a_worker_loads_its_own_pipeline(saved, prompts_file):
-    options = PipelineOptions(str(saved), prompts_file, size="32x32", reference_steps=6)
+    options = PipelineOptions(str(saved), prompts_file, size="16x16", reference_steps=6)
     evaluator, noise, validity = build_pipeline_evaluator(options)
     assert validity["guidance_scale"] == 7.5
     evaluator.setup()
@@ -457,7 +457,7 @@ def test_size_is_read_off_where_it_is_not_set(pipelines):
     evaluator = PipelineEvaluator(pipelines["ddpm"], settings=PipelineSettings(n_noise=2))
     assert evaluator.size == (8, 8)
     evaluator = PipelineEvaluator(pipelines["sd"], PROMPTS)
-    assert evaluator.size == (32, 32)
+    assert evaluator.size == (16, 16)
 
 
 def test_prompts_must_fit_the_pipeline(pipelines):
