@@ -1,0 +1,1 @@
+"""Tensor operations with a CPU path and a reference; no search code."""

@@ -1,0 +1,1 @@
+"""Recipes, the model zoo and benchmarks: what joins the other packages."""

@@ -1,0 +1,1 @@
+"""Surrogates that rank candidates before they are evaluated."""

@@ -32,8 +32,8 @@ def write_csv(
     """One line per record; see `Run.export_csv`.
 
     Raises:
-        StudyError: more objectives in the records than names, no space for a stage, or a target
-            that cannot be written.
+        StudyError: more objectives in the records than names, no space, or a target that
+            cannot be written.
         SpaceError: stored candidates are not of the given space.
     """
     m = records.values.shape[1]
@@ -80,9 +80,9 @@ def _candidates(records: Records, space: Space | Sequence[Space]) -> dict[str, l
     real = records.state != VOID
     stages = np.unique(records.stage[real]).tolist()
     if isinstance(space, Sequence):
-        if stages and stages[-1] >= len(space):
-            raise StudyError(f"{len(space)} spaces; allowed: one per stage, so {stages[-1] + 1}")
-        of_stage = {stage: space[stage] for stage in stages}
+        if not space:
+            raise StudyError("no spaces; allowed: one per stage")
+        of_stage = {stage: space[min(stage, len(space) - 1)] for stage in stages}
     else:
         of_stage = dict.fromkeys(stages, space)
     out: dict[str, list[Any]] = {}

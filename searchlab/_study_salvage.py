@@ -23,7 +23,15 @@ _BLOBS = ("key", "genotype", "values_blob", "std_error", "constraints", "signals
 _NUMBERS = _BLOBS[2:]
 _TEXTS = ("reason", "origin", "worker")
 _REALS = ("value", "cost_s", "predicted_mean", "predicted_sd", "started", "finished")
-_RANGES = {"state": (0, len(RECORD_STATES) - 1), "fidelity": (-(2**15), 2**15 - 1)}
+_RANGES = {
+    "id": (0, 2**62),
+    "replicate": (0, 2**62),
+    "told_at_ask": (0, 2**62),
+    "parent_a": (-1, 2**62),
+    "parent_b": (-1, 2**62),
+    "state": (0, len(RECORD_STATES) - 1),
+    "fidelity": (-(2**15), 2**15 - 1),
+}
 _NULL = {"key", "value", *_NUMBERS, *_REALS[1:4]}
 
 

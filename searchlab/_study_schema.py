@@ -164,7 +164,7 @@ def insert_rows(
 
 
 def sqlite_engine(path: Path, *, write: bool, wal: bool, durability: Durability) -> Engine:
-    """An engine for one SQLite file; a connection for reading never changes the file."""
+    """An engine for one SQLite file; a connection for reading changes no record."""
     import sqlite3
 
     import sqlalchemy as sa
@@ -172,19 +172,21 @@ def sqlite_engine(path: Path, *, write: bool, wal: bool, durability: Durability)
     def connect() -> sqlite3.Connection:
         # Transactions are begun below, hence no isolation level of the driver's own.
         connection = sqlite3.connect(
-            path if write else f"{path.absolute().as_uri()}?mode=ro{_unchanging(path)}",
+            f"{path.absolute().as_uri()}?mode={'rwc' if write else _reading(path)}",
             timeout=BUSY_TIMEOUT_S,
             isolation_level=None,
             check_same_thread=False,
-            uri=not write,
+            uri=True,
         )
         try:
             if write:
                 _set_journal(connection, "wal" if wal else "delete")
-                level = "FULL" if durability == "power" else "NORMAL"
-                # Without WAL, NORMAL may corrupt the file when power fails; FULL cannot.
-                connection.execute(f"PRAGMA synchronous={level if wal else 'FULL'}")
+                # Without WAL, NORMAL may harm the file itself when power fails; FULL does not.
+                full = durability == "power" or not wal
+                connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
                 connection.execute("PRAGMA journal_size_limit=67108864")
+            else:
+                connection.execute("PRAGMA query_only=ON")
         except BaseException:
             connection.close()
             raise
@@ -214,12 +216,15 @@ def other_engine(url: str) -> Engine:
         ) from None
 
 
-def _unchanging(path: Path) -> str:
-    """URI option for a file on a read-only file system, where SQLite could not make its locks."""
+def _reading(path: Path) -> str:
+    """How a reader opens a file: where it may, it also rolls back what a dead writer left."""
     import os
 
-    frozen = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
-    return "&immutable=1" if frozen else ""
+    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+        return "rw"
+    # SQLite cannot make its locks there; without a journal nobody is writing.
+    journal = any(path.with_name(path.name + end).exists() for end in ("-wal", "-journal"))
+    return "ro" if journal else "ro&immutable=1"
 
 
 def _set_journal(connection: sqlite3.Connection, mode: str) -> None:

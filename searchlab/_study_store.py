@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ID", "MemoryRun", "Recorder", "Store"]
 
-MAX_ID = 2**31 - 1
+MAX_ID = 2**62
+_PAGE = 2**16
 _COLUMN = {name: index for index, name in enumerate(ROW_COLUMNS)}
 _ANSWER_AT = tuple(_COLUMN[name] for name in ANSWER_COLUMNS)
 _KEY, _EVALUATOR, _STATE = _COLUMN["key"], _COLUMN["evaluator"], _COLUMN["state"]
@@ -140,7 +141,7 @@ class Recorder(ABC):
         self._rows: list[Row] = []
         self._items: list[tuple[int, str, bytes]] = []
         self._meta: dict[str, str] = {}
-        self._seen = np.zeros(1024, dtype=bool)
+        self._seen: dict[int, NDArray[np.bool_]] = {}
         self._lock = threading.RLock()
         self._closed = False
 
@@ -213,7 +214,8 @@ class Recorder(ABC):
 
         Args:
             path: target; replaced if it exists.
-            space: the space of all stages, or one per stage.
+            space: the space of all stages, or one per stage; later stages, such as the final's,
+                have the last one.
             objectives: they name the columns of the values.
         """
         from searchlab._study_csv import write_csv
@@ -227,17 +229,22 @@ class Recorder(ABC):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high > MAX_ID:
             raise StudyError(f"id {low if low < 0 else high}; allowed: 0 to {MAX_ID}")
-        if high >= len(self._seen):
-            grown = np.zeros(max(high + 1, 2 * len(self._seen)), dtype=bool)
-            grown[: len(self._seen)] = self._seen
-            self._seen = grown
-        repeated = ids[self._seen[ids]]
-        if not len(repeated) and len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
+        if len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
             unique, counts = np.unique(ids, return_counts=True)
-            repeated = unique[counts > 1]
-        if len(repeated):
-            raise StudyError(f"job {int(repeated[0])} of run {self.name!r} is recorded already")
-        self._seen[ids] = True
+            if (counts > 1).any():
+                raise self._repeated(int(unique[counts > 1][0]))
+        # Pages of flags: ids are dense in places, and a final's lie far above the search's.
+        pages = np.unique(ids // _PAGE).tolist()
+        parts = [(page, ids[ids // _PAGE == page] % _PAGE) for page in pages]
+        for page, places in parts:
+            flags = self._seen.get(page)
+            if flags is not None and flags[places].any():
+                raise self._repeated(page * _PAGE + int(places[flags[places]][0]))
+        for page, places in parts:
+            self._seen.setdefault(page, np.zeros(_PAGE, dtype=bool))[places] = True
+
+    def _repeated(self, index: int) -> StudyError:
+        return StudyError(f"job {index} of run {self.name!r} is recorded already")
 
     def _buffered(
         self, wanted: set[bytes], evaluator: int, fidelity: int, replicate: int, stage: int | None

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["REPAIR_WIDTH", "LinearBudget"]
 
-REPAIR_WIDTH = 16  # uniforms per candidate that one repair consumes (two per change, reused)
+REPAIR_WIDTH = 16  # uniforms per candidate and budget in one repair (two per change, reused)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearBudget:
     """lower <= sum of table entries of the active elements <= upper.
 
@@ -31,6 +31,9 @@ class LinearBudget:
         lower: the smallest allowed sum, -inf by default.
         name: how the sum is called in tables, records and errors.
         offset: added to every sum.
+
+    Raises:
+        SpaceError: an empty table, costs that are not finite numbers, lower > upper.
     """
 
     table: Mapping[str, Any]
@@ -40,15 +43,28 @@ class LinearBudget:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        table = {key: np.asarray(value, dtype=np.float64) for key, value in self.table.items()}
+        table: dict[str, NDArray[np.float64]] = {}
+        for key, value in self.table.items():
+            try:
+                table[key] = np.array(value, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise SpaceError(
+                    f"budget {self.name!r}: costs of {key!r} are {value!r}; allowed: numbers"
+                ) from None
         if not table:
             raise SpaceError(f"budget {self.name!r} has an empty table")
         for key, costs in table.items():
             if not np.isfinite(costs).all():
                 raise SpaceError(f"budget {self.name!r}: costs of {key!r} are not all finite")
+            costs.flags.writeable = False
         if not self.lower <= self.upper:
             raise SpaceError(f"budget {self.name!r}: lower {self.lower} > upper {self.upper}")
+        if not np.isfinite(self.offset):
+            raise SpaceError(f"budget {self.name!r}: offset {self.offset}; allowed: finite")
         object.__setattr__(self, "table", table)
+        # Whole numbers become floats, so that a budget read from a file has the same text.
+        for name in ("upper", "lower", "offset"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def check(self, variables: Mapping[str, Variable]) -> None:
         """Raises SpaceError where the table does not fit the variables or no candidate can."""
@@ -58,41 +74,51 @@ class LinearBudget:
             if variable is None:
                 raise SpaceError(f"budget {self.name!r} names {key!r}; known: {sorted(variables)}")
             if isinstance(variable, Choice):
-                want = (*variable.shape, len(variable.labels))
-                if np.broadcast_shapes(costs.shape, want) != want:
-                    raise SpaceError(
-                        f"budget {self.name!r}: table of {key!r} has shape {costs.shape}; "
-                        f"allowed: {want}"
-                    )
-                full = np.broadcast_to(costs, want)
-                floor = np.minimum(full.min(-1), 0) if variable.when else full.min(-1)
-                low, high = low + floor.sum(), high + np.maximum(full.max(-1), 0).sum()
+                want: tuple[int, ...] = (*variable.shape, len(variable.labels))
             elif isinstance(variable, Integer):
-                ends = [costs * variable.low, costs * variable.high]
-                low = low + np.broadcast_to(np.minimum(*ends), variable.shape).sum()
-                high = high + np.broadcast_to(np.maximum(*ends), variable.shape).sum()
+                want = variable.shape
             else:
-                raise SpaceError(f"budget {self.name!r}: {key!r} is a {variable.kind}; "
-                                 "allowed: choices and integers")
-        if low > self.upper or high < self.lower:
+                raise SpaceError(
+                    f"budget {self.name!r}: {key!r} is a {variable.kind}; "
+                    "allowed: choices and integers"
+                )
+            try:
+                full = np.broadcast_to(costs, want)
+            except ValueError:
+                raise SpaceError(
+                    f"budget {self.name!r}: table of {key!r} has shape {costs.shape}; "
+                    f"allowed: {want}"
+                ) from None
+            if isinstance(variable, Integer):
+                full = np.stack([full * variable.low, full * variable.high], axis=-1)
+            least, most = full.min(-1), full.max(-1)
+            if variable.when:  # an inactive element pays nothing
+                least, most = np.minimum(least, 0), np.maximum(most, 0)
+            low, high = low + float(least.sum()), high + float(most.sum())
+        slip = self._slip
+        if low > self.upper + slip or high < self.lower - slip:
             raise SpaceError(
                 f"budget {self.name!r} allows [{self.lower}, {self.upper}] but every candidate "
                 f"lies in [{low:g}, {high:g}]"
             )
 
+    def choice_table(self, key: str, variable: Choice) -> NDArray[np.float64]:
+        """The costs of a choice in full, float64 (size, labels)."""
+        labels = len(variable.labels)
+        full = np.broadcast_to(self.table[key], (*variable.shape, labels))
+        return full.reshape(variable.size, labels)
+
     def element_costs(
         self, key: str, variable: Variable, values: NDArray[Any], active: NDArray[Any]
     ) -> NDArray[np.float64]:
         """Cost of each element, float64 (n, size); zero where inactive."""
-        costs = self.table[key]
+        flat = values.reshape(len(values), variable.size)
         if isinstance(variable, Choice):
-            full = np.broadcast_to(costs, (*variable.shape, len(variable.labels)))
-            flat = full.reshape(-1, len(variable.labels))
-            codes = values.reshape(len(values), -1).astype(np.int64)
-            paid = flat[np.arange(flat.shape[0]), codes]
+            paid = self.choice_table(key, variable)[np.arange(variable.size), flat.astype(np.int64)]
         else:
-            paid = (values * costs).reshape(len(values), -1)
-        return np.where(active.reshape(len(values), -1), paid, 0.0)
+            unit = np.broadcast_to(self.table[key], variable.shape).reshape(-1)
+            paid = flat * unit
+        return np.where(active.reshape(flat.shape), paid, 0.0)
 
     def cost(
         self,
@@ -103,12 +129,17 @@ class LinearBudget:
         """The sum per candidate, float64 (n,)."""
         total = np.full(len(population), self.offset)
         for key in self.table:
-            total += self.element_costs(
-                key, variables[key], population[key], active[key]
-            ).sum(axis=1)
+            total += self.element_costs(key, variables[key], population[key], active[key]).sum(
+                axis=1
+            )
         return total
 
     def holds(self, cost: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which sums are allowed, bool (n,)."""
-        slip = 1e-9 * max(1.0, abs(self.upper) if np.isfinite(self.upper) else 1.0)
-        return (cost <= self.upper + slip) & (cost >= self.lower - slip)
+        return (cost <= self.upper + self._slip) & (cost >= self.lower - self._slip)
+
+    @property
+    def _slip(self) -> float:
+        """What rounding of a sum may cost."""
+        ends = [abs(end) for end in (self.lower, self.upper) if np.isfinite(end)]
+        return 1e-9 * max(1.0, *ends)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError, unknown_name
-from searchlab.evaluator import Evaluator
+from searchlab.evaluator import Evaluator, identity_digest
 from searchlab.population import Population
 from searchlab.space import Space
 
@@ -27,6 +28,7 @@ __all__ = [
     "Final",
     "SearchConfig",
     "Stage",
+    "stage_digest",
     "resolve",
 ]
 
@@ -153,6 +155,7 @@ class Stage:
             a baseline's origin are counted apart from the budget.
         adopt: makes further seeds from the stage before.
         fidelity: index into the evaluator's fidelities; -1 = the truth.
+        chunk: jobs per call of the evaluator in this stage; None = as the run has it.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Stage:
     fidelity: int = -1
     seeds: Seeds | None = None
     adopt: Adopt | None = None
+    chunk: int | None = None
 
     @property
     def fidelity_index(self) -> int:
@@ -170,6 +174,15 @@ class Stage:
         if not -n <= self.fidelity < n:
             raise ConfigError(f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}")
         return self.fidelity % n
+
+
+def stage_digest(stage: Stage) -> str:
+    """Under which values of a stage are shared: the evaluator's identity and the space.
+
+    The space belongs to it because a candidate's key is a hash of its row alone.
+    """
+    text = f"{identity_digest(stage.evaluator)} {stage.space.fingerprint}"
+    return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -245,9 +258,11 @@ class SearchConfig:
 
     def describe(self) -> dict[str, Any]:
         """JSON that must be equal for a run to be resumed (budgets may grow)."""
+        from searchlab.recipes import GROWABLE
+
         return {
             "recipe": self.recipe,
-            "options": dict(self.options),
+            "options": {k: v for k, v in self.options.items() if k not in GROWABLE},
             "seed": self.seed,
             "group_by": self.group_by,
             "stages": [

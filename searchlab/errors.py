@@ -18,7 +18,7 @@ __all__ = [
 
 
 class SearchlabError(Exception):
-    """Root of all errors of this package; its text is one line that names the value and the rule."""
+    """Root of all errors here; its text is one line that names the value and the rule."""
 
 
 class ConfigError(SearchlabError, ValueError):
@@ -30,7 +30,7 @@ class SpaceError(SearchlabError, ValueError):
 
 
 class DataError(SearchlabError, ValueError):
-    """A file or an artefact from outside that is missing, corrupt, too new or of the wrong shape."""
+    """A file or artefact from outside that is missing, corrupt, too new or of the wrong shape."""
 
 
 class EvaluationError(SearchlabError, RuntimeError):

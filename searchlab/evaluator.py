@@ -59,7 +59,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How thoroughly a candidate is measured; `cost` is relative to the last, which is the truth."""
+    """How thoroughly a candidate is measured; `cost` is relative to the last, the truth."""
 
     name: str
     cost: float = 1.0
@@ -97,8 +97,10 @@ class Evaluator(Protocol):
     def reproducibility(self) -> Reproducibility: ...
     def setup(self) -> None:
         """Loads what is needed; called once per worker, before the first chunk."""
+
     def evaluate(self, jobs: Jobs) -> Evaluations:
         """Values of all jobs, in order."""
+
     def identity(self) -> Mapping[str, Any]:
         """JSON that determines the values: version, model and data hashes, settings, dtype."""
 
@@ -129,7 +131,8 @@ def identity_digest(evaluator: Evaluator) -> str:
             sort_keys=True,
         )
     except TypeError as error:
-        raise EvaluationError(f"identity of {type(evaluator).__name__} is not JSON: {error}") from None
+        name = type(evaluator).__name__
+        raise EvaluationError(f"identity of {name} is not JSON: {error}") from None
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 

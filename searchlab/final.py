@@ -14,9 +14,9 @@ from searchlab.population import Population
 
 __all__ = ["Contender", "FinalPlan", "Interval", "contenders", "paired", "plan_final"]
 
-FINAL_ID = 2**30  # ids of finals live above every id of the search, so that a search can go on
-ROUND_IDS = 2**24
-LIST_IDS = 2**17
+FINAL_ID = 2**40  # ids of finals live above every id of the search, so that a search can go on
+ROUND_IDS = 2**32
+LIST_IDS = 2**20
 FINAL_STAGE = 1000
 
 

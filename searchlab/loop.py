@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.algorithms.base import Algorithm, Told
-from searchlab.config import Answers, Stage
+from searchlab.config import Answers, Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
-from searchlab.evaluator import SELECTION_REPLICATE, identity_digest, losses
+from searchlab.evaluator import losses
 from searchlab.executors.base import Chunk, Done, Executor
-from searchlab.population import OK, Evaluations, Jobs, Population
+from searchlab.population import OK, Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Records
     from searchlab.study import Store
 
-__all__ = ["Progress", "StageRun", "Stop", "count_paid"]
+__all__ = ["Callback", "Progress", "StageRun", "stage_answers"]
 
 HOPELESS = 20  # a stage whose first jobs all failed is stopped after this many
 MAX_EMPTY_GROUPS = 16  # consecutive groups without a new candidate: the space is taken as exhausted
@@ -48,10 +47,6 @@ class Callback(Protocol):
     """Hears of progress; what it raises stops the run after everything finished was recorded."""
 
     def __call__(self, progress: Progress) -> None: ...
-
-
-class Stop(Exception):
-    """Raised inside the loop to end a stage; carries the reason."""
 
 
 @dataclass
@@ -117,12 +112,11 @@ class StageRun:
         self._open = 0
         self._empty_groups = 0
         self._fidelity = self.stage.fidelity_index
-        self._digest = identity_digest(self.stage.evaluator)
+        self._digest = stage_digest(self.stage)
         self._started = time.monotonic()
         self.paid = self.hits = self.finished = self.failed = 0
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
-        self._seen: list[Answers] = []
 
     # -- running ----------------------------------------------------------------------------
 
@@ -290,7 +284,7 @@ class StageRun:
         found = [answers[group.jobs.keys[row]] for row in hit]
         evaluations = Evaluations(
             values=np.array([answer.values for answer in found]),
-            std_error=None,
+            std_error=_stacked([answer.std_error for answer in found]),
             constraints=np.array([answer.constraints for answer in found]),
             signals=np.array([answer.signals for answer in found]),
             cost_s=np.array([answer.cost_s for answer in found]),
@@ -525,16 +519,15 @@ class _Known:
         return start + max(0, self._unbroken - start) // q * q
 
 
+def _stacked(
+    parts: list[NDArray[np.float64] | None],
+) -> NDArray[np.float64] | None:
+    present = [part for part in parts if part is not None]
+    return np.array(present) if present and len(present) == len(parts) else None
+
+
 def _is_baseline(jobs: Jobs, row: int) -> bool:
     return bool(jobs.origin) and jobs.origin[row].startswith("baseline")
-
-
-def count_paid(records: Records, stages: Any) -> dict[str, int]:
-    """Jobs by stage name that were paid for, baselines included."""
-    return {
-        stage.name: int(((records.stage == index) & ~records.cached & (records.state != 4)).sum())
-        for index, stage in enumerate(stages)
-    }
 
 
 def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
@@ -542,20 +535,3 @@ def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     records = store.records()
     known = _Known(records.take(np.flatnonzero(records.stage == index)), stage)
     return Answers(stage.space, known.jobs.population, known.jobs.origin, known.losses)
-
-
-def best_population(answers: Answers, k: int) -> Population:
-    """The k best candidates by loss."""
-    order = np.argsort(answers.losses[:, 0], kind="stable")[:k]
-    return answers.population.take(order)
-
-
-def check_replicate(replicate: int, split: str) -> None:
-    """Refuses replicates of the selection and report splits during the search."""
-    if split == "search" and replicate >= SELECTION_REPLICATE:
-        raise EvaluationError(
-            f"replicate {replicate} in the search; allowed: below {SELECTION_REPLICATE}"
-        )
-
-
-CallbackFunction = Callable[[Progress], None]

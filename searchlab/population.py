@@ -175,8 +175,11 @@ class Evaluations:
     def take(self, rows: Iterable[int]) -> Evaluations:
         """The evaluations at these positions."""
         index = np.asarray(list(rows), dtype=np.int64)
-        assert self.state is not None and self.reason is not None and self.cost_s is not None
-        assert self.constraints is not None and self.signals is not None
+        assert self.state is not None
+        assert self.reason is not None
+        assert self.cost_s is not None
+        assert self.constraints is not None
+        assert self.signals is not None
         return Evaluations(
             values=self.values[index],
             state=self.state[index],

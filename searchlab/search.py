@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.algorithms.base import Algorithm, Seeds
-from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage
+from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
 from searchlab.evaluator import (
     REPORT_REPLICATE,
@@ -21,7 +21,6 @@ from searchlab.evaluator import (
     FunctionEvaluator,
     Objective,
     environment,
-    identity_digest,
 )
 from searchlab.executors import Executor, LocalExecutor
 from searchlab.final import (
@@ -43,7 +42,7 @@ from searchlab.space import Space
 if TYPE_CHECKING:
     from searchlab.study import Store
 
-__all__ = ["run", "search", "verify"]
+__all__ = ["run", "search", "stored_result", "verify"]
 
 LAG_PER_WORKER = 2
 
@@ -56,19 +55,34 @@ class _Pace:
     chunk: int
 
 
-def _pace(config: SearchConfig, algorithm: Algorithm, workers: int, store: Store) -> _Pace:
-    stored = store.get_meta("pace") or {}
-    chunk = stored.get("chunk") or config.chunk or algorithm.quantum
-    lag = stored.get("lag") or config.lag
-    if lag is None:
-        # One worker in this process is never idle, so that waiting costs nothing there.
-        lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
-    lag = max(lag, algorithm.quantum)
-    if algorithm.max_lag is not None:
-        lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
-    if not stored:
-        store.set_meta("pace", {"lag": lag, "chunk": chunk})
-    return _Pace(lag, chunk)
+def _pace(
+    stage: Stage,
+    index: int,
+    config: SearchConfig,
+    algorithm: Algorithm,
+    workers: int,
+    store: Store,
+) -> _Pace:
+    """The stored pace of a stage, or the one that this run fixes for good."""
+    every: dict[str, dict[str, int]] = store.get_meta("pace") or {}
+    if str(index) not in every:
+        chunk = stage.chunk or config.chunk or algorithm.quantum
+        lag = config.lag
+        if lag is None:
+            # One worker in this process is never idle, so that waiting costs nothing there.
+            lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
+        lag = max(lag, algorithm.quantum)
+        if algorithm.max_lag is not None:
+            lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
+        every = {**every, str(index): {"lag": lag, "chunk": chunk, "quantum": algorithm.quantum}}
+        store.set_meta("pace", every)
+    stored = every[str(index)]
+    if stored["quantum"] != algorithm.quantum:
+        raise StudyError(
+            f"run {store.name!r} was opened with quantum {stored['quantum']}, not "
+            f"{algorithm.quantum}; allowed: the same"
+        )
+    return _Pace(stored["lag"], stored["chunk"])
 
 
 def _build(stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store) -> Algorithm:
@@ -120,14 +134,13 @@ def run(
             if stage.adopt is None:  # the others need answers first
                 _build(stage, index, 0, config, store)
         executor.start(evaluators)
-        for evaluator in evaluators:
-            store.register_evaluator(
-                identity_digest(evaluator), dict(evaluator.identity()), environment()
-            )
+        for stage in config.stages:
+            identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
+            store.register_evaluator(stage_digest(stage), identity, environment())
         first_id = 0
         for index, stage in enumerate(config.stages):
             algorithm = _build(stage, index, first_id, config, store)
-            pace = _pace(config, algorithm, executor.workers, store)
+            pace = _pace(stage, index, config, algorithm, executor.workers, store)
             leg = StageRun(
                 stage,
                 index,
@@ -136,7 +149,7 @@ def run(
                 store,
                 executor,
                 algorithm,
-                max(pace.lag, algorithm.quantum),
+                pace.lag,
                 pace.chunk,
                 evaluator_index=evaluators.index(stage.evaluator),
                 group_by=config.group_by,
@@ -145,6 +158,7 @@ def run(
             )
             if index == 0:
                 _measure_repeat(stage, algorithm, pace, store)
+                algorithm = leg.algorithm = _build(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
             if leg.interrupted:
@@ -188,7 +202,6 @@ def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Stor
         return
     size = max(2, pace.chunk)
     fresh = algorithm.ask(algorithm.first_id, size)
-    algorithm._issued.clear()
     if not len(fresh):
         return
     forget: Callable[[], None] = getattr(stage.evaluator, "forget", lambda: None)
@@ -227,14 +240,14 @@ def collect(config: SearchConfig, store: Store) -> Result:
     """The result as the records of the search tell it, without selection and report values."""
     records = store.records()
     last = config.stages[-1]
-    digest = identity_digest(last.evaluator)
+    digest = stage_digest(last)
     objective = last.evaluator.objectives[0]
     sign = 1.0 if objective.direction == "min" else -1.0
     everyone: list[Contender] = []
     curve: dict[int, list[tuple[int, float]]] = {}
     for index, stage in enumerate(config.stages):
         truth = stage.fidelity_index == len(stage.evaluator.fidelities) - 1
-        if identity_digest(stage.evaluator) != digest or not truth:
+        if stage_digest(stage) != digest or not truth:
             continue
         part = records.take(np.flatnonzero((records.stage == index) & (records.state == OK)))
         if not len(part):
@@ -252,8 +265,8 @@ def collect(config: SearchConfig, store: Store) -> Result:
         )
         everyone += found
         curve |= curve_of(part.ids.tolist(), groups.tolist(), values.tolist(), sign)
-    known = sorted({contender.group for contender in everyone})
-    groups_wanted = config.groups or tuple(known)
+    found_groups = sorted({contender.group for contender in everyone})
+    groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
         here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
@@ -265,19 +278,21 @@ def collect(config: SearchConfig, store: Store) -> Result:
         ]
         result_groups.append(GroupResult(group, next(iter(searched), None), baselines))
     stage_of_search = records.stage < FINAL_STAGE
+    known = np.array([origin.startswith("baseline") for origin in records.origin], dtype=bool)
+    paid = stage_of_search & ~records.cached & (records.state <= 2)
     counts = {
-        "paid": int((stage_of_search & ~records.cached & (records.state <= 2)).sum()),
+        "evaluations": int((paid & ~known).sum()),
+        "baseline_evaluations": int((paid & known).sum()),
         "hits": int((stage_of_search & records.cached).sum()),
         "failed": int((stage_of_search & (records.state == 1)).sum()),
         "final": int((~stage_of_search & ~records.cached & (records.state <= 2)).sum()),
-        "baselines": sum(c.kind != "searched" for c in everyone),
     }
     meta: dict[str, Any] = {
         "seed": config.seed,
         "recipe": config.recipe,
         "options": dict(config.options),
         "repeat": store.get_meta("repeat"),
-        **(store.get_meta("pace") or {}),
+        "pace": store.get_meta("pace") or {},
     }
     return Result(
         store.name,
@@ -315,6 +330,7 @@ def _run_final(
     entrants = distinct([c for plan in plans for c in plan.all()])
     round_number = _final_round(store, entrants)
     base = {"selection": SELECTION_REPLICATE, "report": REPORT_REPLICATE}
+    chunk = (store.get_meta("pace") or {})[str(len(config.stages) - 1)]["chunk"]
 
     def score(split: str, number: int, parts: Sequence[Contender]) -> NDArray[np.float64]:
         listed = Seeds(
@@ -325,7 +341,7 @@ def _run_final(
         final_stage = replace(
             stage,
             name=f"{split} {number}",
-            algorithm=AlgorithmSpec("listed", {"repeats": "allow"}),
+            algorithm=AlgorithmSpec("listed", {"repeats": "allow", "quantum": chunk}),
             budget=Budget(),
             seeds=listed,
             adopt=None,
@@ -334,7 +350,6 @@ def _run_final(
         algorithm = final_stage.algorithm.build(
             stage.space, seed=config.seed, first_id=first_id, seeds=listed
         )
-        algorithm.quantum = _pace(config, algorithm, executor.workers, store).chunk
         leg = StageRun(
             final_stage,
             FINAL_STAGE + 128 * round_number + offset,
@@ -343,8 +358,8 @@ def _run_final(
             store,
             executor,
             algorithm,
-            max(algorithm.quantum, 2 * executor.workers * algorithm.quantum),
-            algorithm.quantum,
+            2 * executor.workers * chunk,
+            chunk,
             evaluator_index=evaluators.index(stage.evaluator),
             replicate=base[split] + number,
             group_by=None,
@@ -389,6 +404,36 @@ def _final_round(store: Store, entrants: Sequence[Contender]) -> int:
     return int(stored["round"])
 
 
+def stored_result(config: SearchConfig, store: Store) -> Result:
+    """The result of a run as its records tell it, the final included; evaluates nothing."""
+    result = collect(config, store)
+    final = config.final
+    round_number = (store.get_meta("final") or {}).get("round")
+    if final is not None and round_number is not None:
+        groups = [group.group for group in result.groups]
+        plans = plan_final(result.everyone, final, groups, result.sign, upto=config.upto)
+        values: dict[int, dict[bytes, float]] = {}
+        records = store.records()
+        base = FINAL_STAGE + 128 * int(round_number)
+        for stage in np.unique(records.stage[records.stage >= base]).tolist():
+            part = records.take(np.flatnonzero((records.stage == stage) & (records.state == OK)))
+            keys = [key or b"" for key in part.keys]
+            values[stage - base] = dict(zip(keys, part.values[:, 0].tolist(), strict=True))
+
+        def score(split: str, number: int, parts: Sequence[Contender]) -> NDArray[np.float64]:
+            known = values.get(number + (64 if split == "report" else 0), {})
+            return np.array([known.get(contender.key, np.nan) for contender in parts])
+
+        score_final(plans, final, result.sign, score)
+        _fill_groups(result, plans, final, result.sign)
+    result.meta.update(
+        status=store.get_meta("status"),
+        stop_reason=store.get_meta("stop_reason") or "",
+        seconds=store.get_meta("seconds"),
+    )
+    return result
+
+
 # -- verify -------------------------------------------------------------------------------------
 
 
@@ -398,13 +443,13 @@ def verify(config: SearchConfig, store: Store) -> list[str]:
     Evaluates nothing. Holds for every evaluator: proposals are a function of the seed, the lag and
     the recorded values.
     """
-    pace = store.get_meta("pace")
-    if pace is None:
+    if store.get_meta("pace") is None:
         raise StudyError(f"run {store.name!r} has no records to verify")
     first_id = 0
     out: list[str] = []
     for index, stage in enumerate(config.stages):
         algorithm = _build(stage, index, first_id, config, store)
+        pace = _pace(stage, index, config, algorithm, 1, store)
         leg = StageRun(
             replace(stage, budget=Budget()),
             index,
@@ -413,9 +458,8 @@ def verify(config: SearchConfig, store: Store) -> list[str]:
             store,
             None,
             algorithm,
-            max(pace["lag"], algorithm.quantum),
-            pace["chunk"],
-            group_by=None,
+            pace.lag,
+            pace.chunk,
             recompute=True,
         )
         first_id = leg.run()

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from searchlab.budget import REPAIR_WIDTH, LinearBudget
 from searchlab.errors import SpaceError
 from searchlab.population import Population
+from searchlab.repair import repair_budgets
+from searchlab.variable_file import variable_from_json
 from searchlab.variables import (
     ActiveBelow,
     ActiveIf,
     Choice,
     Integer,
+    Ordered,
     Variable,
-    variable_from_json,
 )
 
 __all__ = ["KEY_BYTES", "Space", "space_from_json"]
@@ -64,7 +66,7 @@ class Space:
             raise SpaceError("a space without variables; allowed: one variable or more")
         for key, variable in self.variables.items():
             if not isinstance(variable, Variable):
-                raise SpaceError(f"{key!r} is {variable!r}; allowed: Choice, Integer, Real, Ordered")
+                raise SpaceError(f"{key!r} is {variable!r}; allowed: a Variable such as Choice")
         self._check_conditions()
         names = [budget.name for budget in self.constraints]
         if len(set(names)) < len(names):
@@ -79,7 +81,7 @@ class Space:
                 other = seen.get(condition.variable)
                 if other is None:
                     raise SpaceError(
-                        f"{key!r} depends on {condition.variable!r}, which is not declared before it"
+                        f"{key!r} depends on {condition.variable!r}, not declared before it"
                     )
                 if isinstance(condition, ActiveBelow) and not (
                     isinstance(other, Integer) and other.shape == () and variable.shape
@@ -91,9 +93,14 @@ class Space:
                     missing = [x for x in condition.labels if x not in other.labels]
                     if missing:
                         raise SpaceError(f"{key!r} depends on unknown labels {missing}")
-                    if np.broadcast_shapes(other.shape, variable.shape) != variable.shape:
+                    if not _fits_into(other.shape, variable.shape):
                         raise SpaceError(
                             f"{key!r} of shape {variable.shape} depends on shape {other.shape}"
+                        )
+                    if isinstance(variable, Ordered) and other.size > 1:
+                        raise SpaceError(
+                            f"{key!r} is ordered and depends on shape {other.shape}; allowed: one "
+                            "element, so that the active values come first"
                         )
             seen[key] = variable
 
@@ -124,9 +131,7 @@ class Space:
 
     def empty(self) -> Population:
         """A population of no candidates."""
-        return Population(
-            {k: np.empty((0, *v.shape), v.dtype) for k, v in self.variables.items()}
-        )
+        return Population({k: np.empty((0, *v.shape), v.dtype) for k, v in self.variables.items()})
 
     def sample(self, u: Array) -> Population:
         """Random valid candidates from uniforms (n, sample_width)."""
@@ -155,17 +160,19 @@ class Space:
         mask = np.ones((n, *variable.shape), dtype=bool)
         for condition in variable.when:
             other = columns[condition.variable]
+            choice = self.variables[condition.variable]
+            holds = active[condition.variable]
             if isinstance(condition, ActiveBelow):
-                index = np.arange(variable.shape[0]).reshape(1, -1, *[1] * (len(variable.shape) - 1))
+                inner = [1] * (len(variable.shape) - 1)
+                index = np.arange(variable.shape[0]).reshape(1, -1, *inner)
                 limit = other.reshape(-1, *[1] * len(variable.shape)) + condition.offset
-                mask &= index < limit
+                mask &= (index < limit) & holds.reshape(limit.shape)
             else:
-                choice = self.variables[condition.variable]
                 assert isinstance(choice, Choice)
                 codes = [choice.labels.index(label) for label in condition.labels]
                 lookup = np.zeros(len(choice.labels), dtype=bool)
                 lookup[codes] = True
-                holds = lookup[other] & active[condition.variable]
+                holds = lookup[other] & holds
                 missing = len(variable.shape) - len(choice.shape)
                 mask &= holds.reshape(n, *[1] * missing, *choice.shape)
         return mask
@@ -175,7 +182,7 @@ class Space:
 
         A domain space extends this by its own dead parts; equal meaning must end as equal rows.
         """
-        if not any(variable.when for variable in self.variables.values()):
+        if not self._conditional:
             return population
         columns = dict(population.columns)
         active: dict[str, Array] = {}
@@ -189,6 +196,27 @@ class Space:
 
     def repair(self, population: Population, u: Array) -> Population:
         """Valid candidates near the given ones, canonical; uniforms (n, repair_width)."""
+        population = self._repair_bounds(population)
+        if not self.constraints:
+            return population
+        population = repair_budgets(
+            population,
+            u,
+            variables=self.variables,
+            budgets=self.constraints,
+            active_of=self.active,
+            canonicalise=self.canonicalise,
+            revive=self._revive,
+        )
+        # A budget may have switched elements on: they take their place among their neighbours.
+        return self._repair_bounds(population) if self._conditional else population
+
+    @cached_property
+    def _conditional(self) -> bool:
+        return any(variable.when for variable in self.variables.values())
+
+    def _repair_bounds(self, population: Population) -> Population:
+        """Each variable within its own bounds, canonical; budgets are not looked at."""
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
@@ -196,38 +224,11 @@ class Space:
             columns[key] = variable.repair(
                 np.asarray(columns[key]), active[key] if variable.when else None
             )
-        population = self.canonicalise(Population(columns))
-        for index, budget in enumerate(self.constraints):
-            block = u[:, index * REPAIR_WIDTH : (index + 1) * REPAIR_WIDTH]
-            population = self._repair_budget(population, budget, block)
-        return population
-
-    def _repair_budget(self, population: Population, budget: LinearBudget, u: Array) -> Population:
-        """Changes as few elements as bring each row into the budget.
-
-        While no single change suffices, the one with the largest effect is made; then one among
-        all that suffice is drawn, and one of its labels that suffice.
-        """
-        for attempt in range(self.size + 1):
-            cost = budget.cost(self.variables, population, self.active(population))
-            rows = np.flatnonzero(~budget.holds(cost))
-            if not len(rows):
-                return population
-            draw = u[rows][:, [(2 * attempt) % REPAIR_WIDTH, (2 * attempt + 1) % REPAIR_WIDTH]]
-            columns = {key: np.array(column) for key, column in population.columns.items()}
-            for row, (u_where, u_what) in zip(rows, draw, strict=True):
-                self._repair_row(columns, int(row), budget, float(cost[row]), u_where, u_what)
-            population = self._revive(population, Population(columns), u)
-        cost = budget.cost(self.variables, population, self.active(population))
-        bad = cost[~budget.holds(cost)]
-        raise SpaceError(
-            f"budget {budget.name!r}: no repair found for a sum of {bad[0]:g}; "
-            f"allowed: [{budget.lower}, {budget.upper}]"
-        )
+        return self.canonicalise(Population(columns))
 
     def _revive(self, before: Population, after: Population, u: Array) -> Population:
         """Draws the elements that a change made active, and canonicalises."""
-        if any(variable.when for variable in self.variables.values()):
+        if self._conditional:
             was = self.active(before)
             columns = dict(after.columns)
             active: dict[str, Array] = {}
@@ -244,51 +245,6 @@ class Space:
                 )
             after = Population(columns)
         return self.canonicalise(after)
-
-    def _repair_row(
-        self,
-        columns: dict[str, Array],
-        row: int,
-        budget: LinearBudget,
-        cost: float,
-        u_where: float,
-        u_what: float,
-    ) -> None:
-        single = Population({key: column[row : row + 1] for key, column in columns.items()})
-        active = self.active(single)
-        moves: list[tuple[str, int, Any, float]] = []  # variable, element, new value, new sum
-        for key in budget.table:
-            variable = self.variables[key]
-            flags = active[key].reshape(-1)
-            flat = single[key].reshape(-1)
-            now = budget.element_costs(key, variable, single[key], active[key])[0]
-            if isinstance(variable, Choice):
-                options: list[int] = list(range(len(variable.labels)))
-            else:
-                assert isinstance(variable, Integer)
-                options = list(range(variable.low, variable.high + 1))
-            for option in options:
-                trial = np.full_like(single[key], option)
-                then = budget.element_costs(key, variable, trial, active[key])[0]
-                moves += [
-                    (key, int(i), option, cost + float(then[i] - now[i]))
-                    for i in np.flatnonzero(flags & (flat != option))
-                ]
-        if not moves:
-            return
-        sums = np.array([move[3] for move in moves])
-        fits = np.flatnonzero(budget.holds(sums))
-        if len(fits):
-            places = sorted({moves[i][:2] for i in fits})
-            place = places[int(u_where * len(places))]
-            chosen = [i for i in fits if moves[i][:2] == place]
-            key, element, value, _ = moves[chosen[int(u_what * len(chosen))]]
-        else:
-            excess = np.maximum(sums - budget.upper, 0) + np.maximum(budget.lower - sums, 0)
-            key, element, value, _ = moves[int(np.argmin(excess))]
-        columns[key][row].reshape(-1)[element] = value
-        if columns[key][row].shape == ():
-            columns[key][row] = value
 
     def is_feasible(self, population: Population) -> NDArray[np.bool_]:
         """Which rows keep bounds and budgets, bool (n,)."""
@@ -318,13 +274,15 @@ class Space:
 
     def _packed(self, population: Population) -> tuple[bytes, int]:
         n = len(population)
+        if not n:
+            return b"", 1
         parts = []
         for key, variable in self.variables.items():
             column = np.ascontiguousarray(population[key], dtype=variable.dtype)
             if column.dtype.kind == "f":
                 column = column + 0.0  # -0.0 and 0.0 are one value
             parts.append(column.reshape(n, -1).view(np.uint8).reshape(n, -1))
-        packed = np.concatenate(parts, axis=1) if n else np.empty((0, 1), np.uint8)
+        packed = np.concatenate(parts, axis=1)
         return packed.tobytes(), packed.shape[1]
 
     def pack(self, population: Population) -> list[bytes]:
@@ -335,6 +293,8 @@ class Space:
     def unpack(self, rows: Sequence[bytes]) -> Population:
         """The inverse of `pack`. Raises SpaceError for rows of another space."""
         n = len(rows)
+        if not n:
+            return self.empty()
         widths = [v.size * v.dtype.itemsize for v in self.variables.values()]
         if any(len(row) != sum(widths) for row in rows):
             raise SpaceError(f"stored candidates are not of this space ({sum(widths)} bytes each)")
@@ -387,7 +347,16 @@ class Space:
         return self.canonicalise(Population({k: np.stack(v) for k, v in columns.items()}))
 
     def neighbours(self, candidate: Population) -> Population:
-        """All feasible single-element moves from a population of one."""
+        """All feasible single-element moves from a population of one, each once.
+
+        Elements that a move switches on stand at their neutral value; ordered values that thereby
+        come too close make room.
+
+        Raises:
+            SpaceError: not exactly one candidate.
+        """
+        if len(candidate) != 1:
+            raise SpaceError(f"neighbours of {len(candidate)} candidates; allowed: one")
         active = self.active(candidate)
         parts = []
         for key, variable in self.variables.items():
@@ -397,11 +366,16 @@ class Space:
                     other: np.repeat(column, len(moved), axis=0)
                     for other, column in candidate.columns.items()
                 }
-                parts.append(self.canonicalise(Population({**columns, key: moved})))
+                parts.append(self._repair_bounds(Population({**columns, key: moved})))
         if not parts:
             return self.empty()
         out = Population.concat(parts)
-        return out.take(self.is_feasible(out))
+        seen = set(self.keys(self.canonicalise(candidate)))
+        fresh = self.is_feasible(out)
+        for row, own in enumerate(self.keys(out)):
+            fresh[row] &= own not in seen
+            seen.add(own)
+        return out.take(fresh)
 
     # -- description ------------------------------------------------------------------------
 
@@ -433,6 +407,14 @@ class Space:
         return f"{type(self).__name__}({', '.join(self.variables)})"
 
 
+def _fits_into(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether arrays of a shape broadcast to another shape without enlarging it."""
+    try:
+        return np.broadcast_shapes(shape, other) == other
+    except ValueError:
+        return False
+
+
 def space_from_json(data: Mapping[str, Any]) -> Space:
     """Reads a space from JSON or from a YAML file's content.
 
@@ -443,11 +425,15 @@ def space_from_json(data: Mapping[str, Any]) -> Space:
         raise SpaceError("a space file needs a mapping 'variables'")
     extra = set(data) - {"variables", "constraints", "name"}
     if extra:
-        raise SpaceError(f"space file has keys {sorted(map(str, extra))}; allowed: variables, "
-                         "constraints, name")
+        raise SpaceError(
+            f"space file has keys {sorted(map(str, extra))}; allowed: variables, constraints, name"
+        )
     variables = {str(k): variable_from_json(str(k), v) for k, v in data["variables"].items()}
     constraints = []
+    allowed = {"table", "upper", "lower", "name", "offset"}
     for part in data.get("constraints") or ():
+        if not isinstance(part, Mapping) or set(part) - allowed:
+            raise SpaceError(f"constraint {part!r}; allowed: a mapping of {sorted(allowed)}")
         try:
             upper, lower = part.get("upper"), part.get("lower")
             constraints.append(
@@ -463,4 +449,4 @@ def space_from_json(data: Mapping[str, Any]) -> Space:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise SpaceError(f"constraint {part!r} cannot be read ({error})") from None
-    return Space(variables, constraints=constraints)
+    return Space(variables, constraints=constraints, name=str(data.get("name", "space")))

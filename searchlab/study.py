@@ -144,7 +144,7 @@ class Database:
             with engine.connect() as connection:
                 connection = connection.execution_options(searchlab_write=True)
                 with connection.begin():
-                    row = self._find(connection, name)
+                    row = self._find(connection, name, lock=True)
                     now = time.time()
                     if row is None:
                         if not create:
@@ -261,11 +261,13 @@ class Database:
         return sqlite_engine(self._path, write=write, wal=not shared, durability=self._durability)
 
     @staticmethod
-    def _find(connection: Connection, name: str) -> dict[str, Any] | None:
+    def _find(connection: Connection, name: str, *, lock: bool = False) -> dict[str, Any] | None:
         import sqlalchemy as sa
 
         runs = tables().runs
-        row = connection.execute(sa.select(runs).where(runs.c.name == name)).first()
+        query = sa.select(runs).where(runs.c.name == name)
+        # SQLite has locked the file by then; a server locks the row.
+        row = connection.execute(query.with_for_update() if lock else query).first()
         return None if row is None else dict(row._mapping)
 
     def _unknown(self, connection: Connection, name: str) -> StudyError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.errors import ConfigError
+
 __all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "uniforms"]
 
 # Purposes 0-99 are proposals: the number is the redraw attempt.
@@ -16,9 +18,7 @@ BOOTSTRAP = 400
 _WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
 
 
-def uniforms(
-    seed: int, purpose: int, first_id: int, n: int, width: int
-) -> NDArray[np.float64]:
+def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDArray[np.float64]:
     """Uniforms of the ids `first_id .. first_id + n - 1`.
 
     Args:
@@ -30,7 +30,15 @@ def uniforms(
 
     Returns:
         float64 (n, width) in [0, 1). Row i is a pure function of (seed, purpose, id, width).
+
+    Raises:
+        ConfigError: a seed, purpose or id out of range.
     """
+    if not (0 <= seed < 2**64 and 0 <= purpose < 2**64 and first_id >= 0):
+        raise ConfigError(
+            f"seed {seed}, purpose {purpose}, first id {first_id}; allowed: seed and purpose in "
+            "[0, 2**64), first id >= 0"
+        )
     if width == 0 or n == 0:
         return np.empty((n, width))
     blocks = -(-width // _WORDS_PER_BLOCK)

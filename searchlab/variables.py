@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -20,10 +21,16 @@ __all__ = [
     "Ordered",
     "Real",
     "Variable",
-    "variable_from_json",
 ]
 
 Array = NDArray[Any]
+
+_NUMBERS = {
+    "choice": "labels",
+    "integer": "whole numbers",
+    "real": "finite numbers",
+    "ordered": "finite numbers",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,10 @@ class ActiveIf:
 
 @dataclass(frozen=True)
 class ActiveBelow:
-    """Element i (first axis) is active where i < value + offset of an earlier integer scalar."""
+    """Element i (first axis) is active where i < value + offset of an earlier integer scalar.
+
+    Where the integer itself is inactive, no element is active.
+    """
 
     variable: str
     offset: int = 0
@@ -66,11 +76,16 @@ class Variable:
     uniforms_per_element: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        shape = (self.shape,) if isinstance(self.shape, int) else tuple(self.shape)
-        if any(int(size) < 1 for size in shape):
-            raise SpaceError(f"shape {shape} of a {self.kind}; allowed: sizes of at least 1")
-        object.__setattr__(self, "shape", tuple(int(size) for size in shape))
-        when = self.when if isinstance(self.when, tuple) else (self.when,)
+        # A bare size or condition and lists are accepted: what stands afterwards is a tuple.
+        given: Any = self.shape
+        sizes = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes):
+            raise SpaceError(f"shape {given!r} of a {self.kind}; allowed: sizes of at least 1")
+        object.__setattr__(self, "shape", tuple(int(size) for size in sizes))
+        given = self.when
+        when = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not all(isinstance(part, ActiveIf | ActiveBelow) for part in when):
+            raise SpaceError(f"condition {given!r}; allowed: ActiveIf, ActiveBelow")
         object.__setattr__(self, "when", when)
 
     @property
@@ -123,7 +138,11 @@ class Variable:
 
     def encode_labels(self, value: Any) -> Array:
         """The inverse of `decode`: an array of `dtype` and `shape`. Raises SpaceError."""
-        array = np.asarray(value, dtype=self.dtype)
+        given = np.asarray(value)
+        array = given.astype(self.dtype)
+        numbers = given.dtype.kind in "biuf" and np.isfinite(given).all()
+        if not (numbers and np.array_equal(given, array)):
+            raise SpaceError(f"value {value!r} for a {self.kind}; allowed: {_NUMBERS[self.kind]}")
         if array.shape != self.shape:
             raise SpaceError(f"value of shape {array.shape} for a {self.kind} of {self.shape}")
         return array
@@ -132,11 +151,11 @@ class Variable:
         """All single-element moves from one value (*shape) -> (k, *shape)."""
         raise NotImplementedError
 
-    def _json(self) -> dict[str, Any]:
+    def _json(self) -> Any:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        out = {self.kind: self._json()}
+        out: dict[str, Any] = {self.kind: self._json()}
         if self.shape:
             out["shape"] = list(self.shape)
         if self.when:
@@ -145,7 +164,7 @@ class Variable:
 
     def _rows(self, flags: Array) -> NDArray[np.bool_]:
         """Per-row conjunction of (n, *shape) flags."""
-        return cast(NDArray[np.bool_], flags.reshape(len(flags), -1).all(axis=1))
+        return cast(NDArray[np.bool_], flags.reshape(len(flags), self.size).all(axis=1))
 
     def _block(self, u: Array) -> Array:
         return u[:, : self.size].reshape(len(u), *self.shape)
@@ -154,9 +173,7 @@ class Variable:
 def _move_each(value: Array, active: Array, options: Sequence[Any]) -> Array:
     """Copies of a value with one active element exchanged for each other option."""
     flat, flags = value.reshape(-1), active.reshape(-1)
-    moves = [
-        (i, option) for i in np.flatnonzero(flags) for option in options if option != flat[i]
-    ]
+    moves = [(i, option) for i in np.flatnonzero(flags) for option in options if option != flat[i]]
     out = np.repeat(flat[None], len(moves), axis=0)
     for row, (i, option) in enumerate(moves):
         out[row, i] = option
@@ -176,10 +193,20 @@ class Choice(Variable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        labels = tuple(self.labels)
+        given: Any = self.labels
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+            raise SpaceError(f"labels {given!r} of a choice; allowed: a list of JSON values")
+        labels = tuple(given)
         if not labels:
             raise SpaceError("a choice without labels; allowed: one label or more")
-        if len({repr(label) for label in labels}) < len(labels):
+        try:
+            texts = {json.dumps(label, allow_nan=False, sort_keys=True) for label in labels}
+        except (TypeError, ValueError):
+            raise SpaceError(f"labels {given!r} of a choice; allowed: JSON values") from None
+        # 1, 1.0 and True are one label: the code of a label is found by equality.
+        if len(texts) < len(labels) or any(
+            label in labels[:i] for i, label in enumerate(labels) if isinstance(label, int | float)
+        ):
             raise SpaceError(f"labels of a choice repeat: {list(labels)}")
         object.__setattr__(self, "labels", labels)
 
@@ -203,7 +230,13 @@ class Choice(Variable):
         return np.where(mask, (values + step) % k, values).astype(self.dtype)
 
     def valid(self, values: Array, active: Array) -> Array:
-        return self._rows(values < len(self.labels))
+        return self._rows((values >= 0) & (values < len(self.labels)))
+
+    def repair(self, values: Array, active: Array | None = None) -> Array:
+        # Codes are nearly always valid, and clipping costs as much as all the rest of a repair.
+        if values.dtype == self.dtype and (values < len(self.labels)).all():
+            return values
+        return np.clip(values, 0, len(self.labels) - 1).astype(self.dtype)
 
     @property
     def code_width(self) -> int:
@@ -211,14 +244,15 @@ class Choice(Variable):
 
     def encode(self, values: Array, active: Array) -> Array:
         codes = np.arange(len(self.labels))
-        hot = (values[..., None] == codes) & active[..., None]
-        return hot.reshape(len(values), -1).astype(np.float32)
+        hot: Array = (values[..., None] == codes) & active[..., None]
+        return hot.reshape(len(values), self.code_width).astype(np.float32)
 
     def decode(self, value: Array) -> Any:
         if not self.shape:
             return self.labels[int(value)]
         table = np.empty(len(self.labels), dtype=object)
-        table[:] = self.labels
+        for code, label in enumerate(self.labels):
+            table[code] = label  # one by one: labels may be lists themselves
         return table[value.astype(np.int64)].tolist()
 
     def encode_labels(self, value: Any) -> Array:
@@ -249,8 +283,14 @@ class Integer(Variable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if int(self.low) != self.low or int(self.high) != self.high or self.low > self.high:
-            raise SpaceError(f"integer range [{self.low}, {self.high}]; allowed: low <= high")
+        ends = (self.low, self.high)
+        whole = all(math.isfinite(end) and int(end) == end for end in ends)
+        if not (whole and self.low <= self.high and max(map(abs, ends)) < 2**53):
+            raise SpaceError(
+                f"integer range [{self.low}, {self.high}]; allowed: whole numbers, low <= high"
+            )
+        object.__setattr__(self, "low", int(self.low))
+        object.__setattr__(self, "high", int(self.high))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -284,7 +324,7 @@ class Integer(Variable):
     def encode(self, values: Array, active: Array) -> Array:
         scale = max(1, self.high - self.low)
         code = np.where(active, (values - self.low) / scale, 0.0)
-        return code.reshape(len(values), -1).astype(np.float32)
+        return code.reshape(len(values), self.size).astype(np.float32)
 
     def decode(self, value: Array) -> Any:
         return value.tolist()
@@ -321,8 +361,13 @@ class Real(Variable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high):
+        if not (_finite_range(self.low, self.high) and self.low <= self.high):
             raise SpaceError(f"real range [{self.low}, {self.high}]; allowed: finite, low <= high")
+        if self.default is not None and not math.isfinite(self.default):
+            raise SpaceError(f"default {self.default} of a real; allowed: finite")
+        # Whole numbers become floats, so that a space read from a file has the same text.
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
         if not 0 < self.step <= 1:
             raise SpaceError(f"step {self.step} of a real; allowed: in (0, 1]")
 
@@ -335,7 +380,8 @@ class Real(Variable):
         return self.low if self.default is None else self.default
 
     def sample(self, u: Array, active: Array | None = None) -> Array:
-        return self.low + self._block(u) * (self.high - self.low)
+        # Rounding may step over the end.
+        return np.minimum(self.low + self._block(u) * (self.high - self.low), self.high)
 
     def mutate(self, values: Array, mask: Array, u: Array, active: Array | None = None) -> Array:
         moved = values + normals(self._block(u)) * self.step * (self.high - self.low)
@@ -350,7 +396,7 @@ class Real(Variable):
     def encode(self, values: Array, active: Array) -> Array:
         scale = (self.high - self.low) or 1.0
         code = np.where(active, (values - self.low) / scale, 0.0)
-        return code.reshape(len(values), -1).astype(np.float32)
+        return code.reshape(len(values), self.size).astype(np.float32)
 
     def decode(self, value: Array) -> Any:
         return value.tolist()
@@ -361,7 +407,8 @@ class Real(Variable):
         for i in np.flatnonzero(flags):
             for sign in (-1.0, 1.0):
                 row = flat.copy()
-                row[i] = min(self.high, max(self.low, row[i] + sign * self.step * (self.high - self.low)))
+                moved = row[i] + sign * self.step * (self.high - self.low)
+                row[i] = min(self.high, max(self.low, moved))
                 if row[i] != flat[i]:
                     rows.append(row)
         return np.array(rows, dtype=np.float64).reshape(len(rows), *value.shape)
@@ -400,16 +447,23 @@ class Ordered(Variable):
     kind: ClassVar[str] = "ordered"
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise SpaceError(f"ordered of {self.n} values; allowed: 1 or more")
+        if not isinstance(self.n, int | np.integer) or self.n < 1:
+            raise SpaceError(f"ordered of {self.n!r} values; allowed: a whole number, 1 or more")
         object.__setattr__(self, "shape", (self.n,))
         super().__post_init__()
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.gap >= 0):
-            raise SpaceError(f"ordered range [{self.low}, {self.high}] with gap {self.gap}")
+        if not (_finite_range(self.low, self.high) and math.isfinite(self.gap) and self.gap >= 0):
+            raise SpaceError(
+                f"ordered range [{self.low}, {self.high}] with gap {self.gap}; "
+                "allowed: finite, gap >= 0"
+            )
+        if not 0 < self.step <= 1:
+            raise SpaceError(f"step {self.step} of an ordered; allowed: in (0, 1]")
         if self.low + (self.n - 1) * self.gap > self.high:
             raise SpaceError(
                 f"{self.n} values with gap {self.gap} do not fit into [{self.low}, {self.high}]"
             )
+        for name in ("low", "high", "gap"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -488,7 +542,7 @@ class Ordered(Variable):
 def _counts(values: Array, active: Array | None) -> Array:
     if active is None:
         return np.full(len(values), values.shape[1])
-    return active.sum(axis=1)
+    return cast(Array, active.sum(axis=1))
 
 
 def normals(u: Array) -> Array:
@@ -503,59 +557,10 @@ def reflect(values: Array, low: float, high: float) -> Array:
     if high <= low:
         return np.full_like(values, low)
     turn = np.mod(values - low, 2 * (high - low))
-    return low + np.where(turn > high - low, 2 * (high - low) - turn, turn)
+    folded = low + np.where(turn > high - low, 2 * (high - low) - turn, turn)
+    return np.clip(folded, low, high)  # rounding may step over an end
 
 
-def _condition_from_json(data: Mapping[str, Any]) -> Condition:
-    if data.get("below"):
-        return ActiveBelow(data["variable"], int(data.get("offset", 0)))
-    return ActiveIf(data["variable"], tuple(data["labels"]))
-
-
-def variable_from_json(name: str, data: Mapping[str, Any]) -> Variable:
-    """Reads one variable of a space file.
-
-    Raises:
-        SpaceError: names the variable, what stands there and what is allowed.
-    """
-    kinds = ("choice", "integer", "real", "ordered")
-    if not isinstance(data, Mapping):
-        raise SpaceError(f"variable {name!r} is {data!r}; allowed: a mapping with one of {kinds}")
-    found = [kind for kind in kinds if kind in data]
-    extra = set(data) - set(kinds) - {"shape", "when", "step", "default"}
-    if len(found) != 1 or extra:
-        raise SpaceError(
-            f"variable {name!r} has keys {sorted(data)}; allowed: one of {kinds}, shape, when, step"
-        )
-    kind, body = found[0], data[found[0]]
-    try:
-        shape = tuple(data.get("shape", ()))
-        when = tuple(_condition_from_json(part) for part in data.get("when", ()))
-        if kind == "choice":
-            return Choice(tuple(body), shape=shape, when=when)
-        if kind == "integer":
-            low, high = body
-            return Integer(int(low), int(high), shape=shape, when=when)
-        if kind == "real":
-            low, high = body
-            default = data.get("default")
-            return Real(
-                float(low),
-                float(high),
-                shape=shape,
-                when=when,
-                step=float(data.get("step", 0.1)),
-                default=None if default is None else float(default),
-            )
-        return Ordered(
-            int(body["n"]),
-            float(body["low"]),
-            float(body["high"]),
-            float(body.get("gap", 0.0)),
-            when=when,
-            step=float(data.get("step", 0.08)),
-        )
-    except SpaceError as error:
-        raise SpaceError(f"variable {name!r}: {error}") from None
-    except (TypeError, ValueError, KeyError) as error:
-        raise SpaceError(f"variable {name!r} cannot be read: {body!r} ({error})") from None
+def _finite_range(low: float, high: float) -> bool:
+    """Whether both ends and twice their distance are finite."""
+    return math.isfinite(low) and math.isfinite(high) and math.isfinite(2 * (high - low))

@@ -1,0 +1,1 @@
+"""What may vary in a trained model: one module or package per space."""

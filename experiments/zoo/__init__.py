@@ -1,0 +1,1 @@
+"""Small trained models and the scripts that made them."""

@@ -61,8 +61,12 @@ class UniformVariation:
             )
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "uniform", "crossover": self.crossover, "rate": self.rate,
-                "sure": self.sure}
+        return {
+            "name": "uniform",
+            "crossover": self.crossover,
+            "rate": self.rate,
+            "sure": self.sure,
+        }
 
     def width(self, space: Space) -> int:
         values = sum(variable.width for variable in space.variables.values())
@@ -117,7 +121,7 @@ class UniformVariation:
         if alive:
             flags = np.concatenate([alive[k].reshape(n, -1) for k in space.variables], axis=1)
             count = np.maximum(flags.sum(axis=1), 1)
-            mask = (u < np.minimum(1.0, self.rate * strength / count)[:, None]) & flags
+            mask: Array = (u < np.minimum(1.0, self.rate * strength / count)[:, None]) & flags
             if self.sure:
                 rank = (u_sure * count).astype(np.int64)
                 chosen = (np.cumsum(flags, axis=1) - 1 == rank[:, None]) & flags

@@ -1,0 +1,1 @@
+"""Conformance suites to inherit: one class per protocol, one module per class."""

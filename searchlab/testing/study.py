@@ -44,7 +44,7 @@ def write(
 class StudySuite:
     """Inherit, and supply a fixture `store` that gives an empty store which is open for writing."""
 
-    @pytest.fixture()
+    @pytest.fixture
     def store(self) -> Store:
         """An empty store."""
         raise NotImplementedError("supply the fixture 'store'")
@@ -176,25 +176,37 @@ class StudySuite:
 
     def test_a_job_is_recorded_once(self, store: Store) -> None:
         write(store, make_jobs([0, 1]))
-        with pytest.raises(StudyError, match="job 1 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 1 .* recorded already"):
             write(store, make_jobs([1, 2]))
         store.commit()
-        with pytest.raises(StudyError, match="job 0 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 0 .* recorded already"):
             store.record_void([0], 0, 0)
-        with pytest.raises(StudyError, match="job 7 .* recorded already"):
+        with pytest.raises(StudyError, match=r"job 7 .* recorded already"):
             write(store, make_jobs([7, 7]))
         write(store, make_jobs([2]))
         store.commit()
         assert store.records().ids.tolist() == [0, 1, 2]
 
-    @pytest.mark.parametrize("index", [-1, 2**31])
+    @pytest.mark.parametrize("index", [-1, 2**62 + 1])
     def test_ids_have_a_range(self, store: Store, index: int) -> None:
         with pytest.raises(StudyError, match=f"id {index}; allowed: 0 to"):
             write(store, make_jobs([index]))
 
+    def test_ids_may_lie_far_apart(self, store: Store) -> None:
+        ids = [0, 1, 2**16 - 1, 2**16, 2**31, 2**40, 2**62]
+        write(store, make_jobs(ids))
+        store.commit()
+        assert store.records().ids.tolist() == ids
+        for index in ids:
+            with pytest.raises(StudyError, match=f"job {index} of run .* recorded already"):
+                write(store, make_jobs([index + 7, index] if index < 2**62 else [index]))
+        write(store, make_jobs([7, 2**40 + 7]))
+        store.commit()
+        assert len(store.records()) == len(ids) + 2
+
     def test_parts_of_different_length_are_refused(self, store: Store) -> None:
         jobs = make_jobs([0, 1])
-        with pytest.raises(StudyError, match="2 jobs .* 1 evaluations"):
+        with pytest.raises(StudyError, match=r"2 jobs .* 1 evaluations"):
             write(store, jobs, Evaluations(np.zeros(1)))
         with pytest.raises(StudyError, match="predictions of shape"):
             write(store, jobs, predicted=(np.zeros(3), np.zeros(3)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,15 @@ from searchlab.spaces.solver_schedule import Edm, Flow, VpLinear, compile_schedu
 from searchlab.spaces.solver_schedule.execute import run_table
 from searchlab.spaces.solver_schedule.grids import log_snr_grid
 from searchlab.spaces.solver_schedule.kdiffusion import as_edm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Thousands of small operations: more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_problem_m_is_the_published_draw() -> None:

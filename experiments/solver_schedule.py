@@ -1,0 +1,277 @@
+"""Recipe: search the solver schedule of a diffusion model (USF / S3, arXiv 2312.07243).
+
+1. Every known solver on every usual grid is a named point; all of them are scored on few samples,
+   the best of each number of model calls on many.
+2. Evolution goes on from those: one pool per number of model calls, children from the pool they
+   are meant for or from a neighbouring one with a step inserted or deleted.
+3. The five best and the best known points are scored on other noise; the winner and the best known
+   point of each number of calls once more on noise that nothing was chosen by.
+
+Models and evaluators are imported where they are needed, so that listing options stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from searchlab.errors import ConfigError
+from searchlab.recipes import Recipe
+
+if TYPE_CHECKING:
+    from searchlab.algorithms.base import Seeds
+    from searchlab.config import AlgorithmSpec, SearchConfig
+    from searchlab.evaluators.sampling import SamplingEvaluator
+    from searchlab.report import Section
+    from searchlab.result import Result
+    from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
+
+__all__ = ["RECIPE", "SolverScheduleOptions", "build"]
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class SolverScheduleOptions:
+    """Options of the recipe, all JSON values."""
+
+    preset: Literal["default", "released", "paper"] = _option(
+        "default", "default: ours; released: the search of the released code; paper: not yet"
+    )
+    problem: Literal["digits", "mixture"] = _option(
+        "digits", "bundled problem: digits (a trained model) or mixture (closed form)"
+    )
+    label: int | None = _option(None, "digits: class to sample, 0 to 9; all without it")
+    pipeline: str | None = _option(None, "a diffusers pipeline: folder or hub id")
+    prompts: str | None = _option(None, "text file with one prompt per line, for --pipeline")
+    size: str | None = _option(None, "WIDTHxHEIGHT of the pipeline's images")
+    dtype: str | None = _option(None, "fp32, fp16 or bf16, for --pipeline")
+    reference_steps: int | None = _option(None, "model calls of the reference solution")
+    guidance: float | None = _option(None, "guidance scale of the pipeline; its own without it")
+    metric: str | None = _option(None, "module:function on images, for the pipeline's shortlist")
+    objective: Literal["rmse", "fd"] = _option(
+        "rmse", "rmse: error against the reference; fd: Fréchet distance of samples (digits)"
+    )
+    nfe: str = _option("5..10", "numbers of model calls, LOW..HIGH or one number")
+    budget: int | None = _option(None, "evaluations beyond the known points; 300 per number of calls")
+    samples: int | None = _option(None, "samples per evaluation")
+    held_out: int | None = _option(None, "samples per bank of the selection and report splits")
+    report_banks: int = _option(4, "noise banks of the report split; 2 or more give intervals")
+    seed: int = _option(0, "the one seed of the search")
+    data_seed: int = _option(0, "seed of the noise banks, the same for searches to be compared")
+    quantum: int = _option(8, "children proposed and evaluated together")
+    lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
+
+    def __post_init__(self) -> None:
+        low, high = self.calls
+        if not 1 <= low <= high <= 100:
+            raise ConfigError(f"nfe {self.nfe!r}; allowed: 1 <= LOW <= HIGH <= 100")
+        if self.budget is not None and self.budget < 0:
+            raise ConfigError(f"budget {self.budget}; allowed: 0 or more")
+        if self.quantum < 1:
+            raise ConfigError(f"quantum {self.quantum}; allowed: 1 or more")
+        if not 2 <= self.report_banks <= 64:
+            raise ConfigError(f"report_banks {self.report_banks}; allowed: 2 to 64")
+        for name in ("samples", "held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 16:
+                raise ConfigError(f"{name} {value}; allowed: 16 or more")
+        if not 0 <= self.data_seed < 2**40:
+            raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
+        if self.preset == "paper":
+            raise ConfigError(
+                "preset 'paper' is the predictor-guided search of the paper and comes with the "
+                "predictors; allowed now: default, released"
+            )
+        self._check_problem()
+
+    def _check_problem(self) -> None:
+        if self.pipeline is None:
+            for name in ("prompts", "size", "dtype", "guidance", "metric"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is for --pipeline; the problem is {self.problem!r}")
+        elif self.objective != "rmse":
+            raise ConfigError("objective 'fd' needs reference features; a pipeline has 'rmse'")
+        if self.problem == "mixture" and (self.objective == "fd" or self.label is not None):
+            raise ConfigError("problem 'mixture' has objective 'rmse' and no labels")
+        if self.label is not None and not 0 <= self.label <= 9:
+            raise ConfigError(f"label {self.label}; allowed: 0 to 9")
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """(lowest, highest) number of model calls."""
+        parts = self.nfe.split("..")
+        try:
+            numbers = [int(part) for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
+            raise ConfigError(f"nfe {self.nfe!r}; allowed: LOW..HIGH or one number")
+        return numbers[0], numbers[-1]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A problem made ready to be searched."""
+
+    space: SolverScheduleSpace
+    evaluator: Any
+    known: Seeds
+    screened: bool
+    validity: dict[str, Any] = field(default_factory=dict)
+
+
+def build(options: SolverScheduleOptions) -> SearchConfig:
+    """The configuration of a run; loads the model."""
+    from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
+
+    low, high = options.calls
+    groups = tuple(range(low, high + 1))
+    room = _pipeline_room(options) if options.pipeline else _bundled_room(options)
+    budget = options.budget if options.budget is not None else 300 * len(groups)
+    stages = []
+    if room.screened:
+        stages.append(
+            Stage(
+                "known points",
+                room.space,
+                room.evaluator,
+                AlgorithmSpec("listed", {"quantum": 64}),
+                fidelity=0,
+                seeds=room.known,
+                chunk=64,
+            )
+        )
+    kinds = ("baseline:", "baseline-analytic:")
+    stages.append(
+        Stage(
+            "search",
+            room.space,
+            room.evaluator,
+            _algorithm(options, groups),
+            Budget(budget),
+            seeds=None if room.screened else room.known,
+            adopt=AdoptBest(24, per="nfe", kinds=kinds) if room.screened else None,
+        )
+    )
+    return SearchConfig(
+        tuple(stages),
+        name="solver_schedule",
+        seed=options.seed,
+        lag=options.lag,
+        chunk=options.quantum,
+        group_by="nfe",
+        groups=groups,
+        upto=True,
+        final=Final(k=5, report=options.report_banks),
+        recipe="solver_schedule",
+        options=asdict(options),
+    )
+
+
+def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> AlgorithmSpec:
+    from searchlab.algorithms.evolution import ParentRule
+    from searchlab.config import AlgorithmSpec
+    from searchlab.spaces.solver_schedule.variation import ReleasedVariation, ScheduleVariation
+
+    common: dict[str, Any] = {
+        "n_random": 0,
+        "niche": "nfe",
+        "niches": groups,
+        "quantum": options.quantum,
+    }
+    if options.preset == "released":
+        return AlgorithmSpec(
+            "evolution",
+            {
+                **common,
+                "parents": ParentRule("rank", mu=15),
+                "variation": ReleasedVariation(),
+                "repeats": "allow",
+            },
+        )
+    return AlgorithmSpec(
+        "evolution", {**common, "variation": ScheduleVariation(), "neighbour": 0.15}
+    )
+
+
+def _bundled_room(options: SolverScheduleOptions) -> _Room:
+    from searchlab.evaluators.sampling import SamplingEvaluator
+    from searchlab.experiments.solver_schedule_problems import digits_problem, mixture_problem
+    from searchlab.spaces.solver_schedule.space import ScheduleRange, SolverScheduleSpace
+
+    if options.problem == "mixture":
+        problem, distance = mixture_problem(), None
+        end = problem.noise.end
+        within = ScheduleRange(options.calls, (end, end), endings=("stop",))
+        samples, held_out = (64, options.samples or 2048), options.held_out or 2048
+    else:
+        problem, distance = digits_problem(
+            label=options.label, reference_steps=options.reference_steps or 60
+        )
+        within = ScheduleRange(options.calls, (0.002, 0.1), first=("model", "zero", "mean"))
+        if options.objective == "fd":
+            samples, held_out = (500, options.samples or 2000), options.held_out or 4000
+        else:
+            samples, held_out = (64, options.samples or 256), options.held_out or 2000
+    if samples[0] >= samples[1]:
+        samples = samples[1:]
+    space = SolverScheduleSpace(problem.noise, within)
+    evaluator = SamplingEvaluator(
+        space,
+        problem,
+        objective=options.objective,
+        distance=distance,
+        samples=samples,
+        held_out=held_out,
+        seed=options.data_seed,
+    )
+    known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
+    return _Room(space, evaluator, known, screened=len(samples) > 1)
+
+
+def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:
+    """The whole family of known solvers at every number of calls, analytic variants apart."""
+    from searchlab.algorithms.base import Seeds
+    from searchlab.spaces.solver_schedule.families import analytic_first_family, fixed_family
+
+    schedules: list[Any] = []
+    origin: list[str] = []
+    low, high = space.within.nfe
+    for nfe in range(low, high + 1):
+        plain = fixed_family(space.noise, nfe, family=family)
+        schedules += plain.values()
+        origin += [f"baseline:{name}" for name in plain]
+        for first in space.within.first:
+            if first == "model":
+                continue
+            analytic = analytic_first_family(
+                space.noise, nfe, family=family, first_evaluation=first
+            )
+            schedules += analytic.values()
+            origin += [f"baseline-analytic:{name}" for name in analytic]
+    return Seeds(space.of_schedules(schedules), tuple(origin))
+
+
+def _pipeline_room(options: SolverScheduleOptions) -> _Room:
+    raise ConfigError("--pipeline is not available yet")
+
+
+def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
+    """Report sections of this room."""
+    from searchlab.experiments.solver_schedule_report import sections as make
+
+    return make(config, result)
+
+
+RECIPE = Recipe(
+    "solver_schedule",
+    "which solver takes each step of a diffusion model's sampling (USF / S3)",
+    SolverScheduleOptions,
+    build,
+    sections=sections,
+)

@@ -1,0 +1,92 @@
+"""The bundled problems of the solver-schedule room: a trained digits model, and a closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from searchlab.errors import ConfigError
+from searchlab.evaluators.distances import FrechetReference
+from searchlab.evaluators.gaussian_mixture import MixtureProblem
+from searchlab.evaluators.sampling import SampleDistance, SamplingProblem
+from searchlab.evaluators.trajectories import PrefixTree
+from searchlab.experiments.zoo.digits import (
+    data_mean,
+    load_digits_classifier,
+    load_digits_denoiser,
+    reference_features,
+)
+from searchlab.spaces.solver_schedule.grids import GRIDS
+from searchlab.spaces.solver_schedule.noise_schedule import Edm
+from searchlab.spaces.solver_schedule.points import dpmpp_3m
+from searchlab.spaces.solver_schedule.schedule import Schedule, Step
+from searchlab.spaces.solver_schedule.table import compile_schedule
+
+__all__ = ["digits_problem", "mixture_problem", "reference_schedule"]
+
+
+def reference_schedule(noise: Edm, steps: int) -> Schedule:
+    """The many-step solution: third order on Karras' grid (rho 7), then the step to sigma = 0."""
+    times = GRIDS["karras7"](noise, steps - 1, noise.start, noise.end)
+    inner = dpmpp_3m(times, noise, lower_order_final=False)
+    return Schedule(noise, inner.start_time, (*inner.steps, Step(noise.clean)))
+
+
+def digits_problem(
+    *, label: int | None = None, reference_steps: int = 60
+) -> tuple[SamplingProblem, SampleDistance]:
+    """Sampling scikit-learn's digits with the bundled model, and their feature distance.
+
+    Args:
+        label: class to sample, 0 to 9; None = unconditional.
+        reference_steps: model calls of the reference solution.
+    """
+    if reference_steps < 20:
+        raise ConfigError(f"reference_steps {reference_steps}; allowed: 20 or more")
+    noise = Edm()
+    denoise = load_digits_denoiser(label=label)
+    table = compile_schedule(reference_schedule(noise, reference_steps))
+
+    def reference(x: Tensor) -> Tensor:
+        return PrefixTree(denoise, x, remember=False).run([table])[0]
+
+    identity: dict[str, Any] = {
+        "model": denoise.model_hash,
+        "reference": f"3m karras7 {reference_steps}",
+    }
+    problem = SamplingProblem(
+        "digits" if label is None else f"digits, class {label}",
+        noise,
+        denoise,
+        denoise.shape,
+        denoise.sigma_max,
+        reference,
+        identity,
+        mean=torch.as_tensor(data_mean(), dtype=torch.float32),
+    )
+    classifier = load_digits_classifier()
+    features = FrechetReference.from_features(reference_features(classifier))
+    return problem, SampleDistance(classifier, features)
+
+
+def mixture_problem() -> SamplingProblem:
+    """Problem M: five Gaussians in four dimensions under the linear VP schedule, in closed form."""
+    mixture = MixtureProblem()
+    noise = mixture.noise
+
+    def reference(x: Tensor) -> Tensor:
+        return mixture.reference_solution(x, start=noise.start, end=noise.end)
+
+    return SamplingProblem(
+        "mixture M",
+        noise,
+        mixture.denoise,
+        (mixture.dimension,),
+        1.0,
+        reference,
+        {"problem": "M", "reference": "DOP853 1e-12"},
+        mean=mixture.mean,
+        dtype=torch.float64,
+    )

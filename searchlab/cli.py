@@ -1,0 +1,360 @@
+"""The command line: run, resume, verify, show, report, export, list, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchlab import __version__
+from searchlab.errors import (
+    ConfigError,
+    DataError,
+    EvaluationError,
+    RunInUseError,
+    SearchlabError,
+    SpaceError,
+    StudyError,
+)
+
+if TYPE_CHECKING:
+    from searchlab.recipes import Recipe
+    from searchlab.result import Result
+
+__all__ = ["main"]
+
+EXIT_OK, EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75
+
+
+class _Started(Exception):
+    """Wraps an error of the run itself, as opposed to one of its input."""
+
+    def __init__(self, error: SearchlabError) -> None:
+        super().__init__(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code.
+
+    0 = done, 1 = failed during a run, 2 = bad input (one line on stderr), 75 = interrupted and can
+    be resumed.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and getattr(options, "command", None) != "run":
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        action: Callable[[argparse.Namespace, list[str]], int] = options.action
+        return action(options, rest)
+    except _Started as error:
+        return _say(str(error), EXIT_FAILURE)
+    except (ConfigError, SpaceError, DataError, RunInUseError, StudyError) as error:
+        return _say(str(error), EXIT_BAD_INPUT)
+    except EvaluationError as error:
+        return _say(str(error), EXIT_FAILURE)
+    except BrokenPipeError:
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return _say("interrupted", EXIT_INTERRUPTED)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"searchlab: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="searchlab",
+        description="Gradient-free search over what can change in a trained model after training.",
+        epilog="RUN is a run's name or its folder. `searchlab run NAME --help` lists the options "
+        "of a recipe.",
+    )
+    parser.add_argument("--version", action="version", version=f"searchlab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, action: Callable[..., int], run: bool = True) -> Any:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(action=action)
+        if run:
+            sub.add_argument("run", metavar="RUN", help="a run's name or its folder")
+        sub.add_argument("--database", help="SQLite path or SQLAlchemy URL of the study")
+        return sub
+
+    sub = commands.add_parser(
+        "run", help="run a recipe (or go on with it)", add_help=False, allow_abbrev=False
+    )
+    sub.set_defaults(action=_run)
+    sub.add_argument("recipe", nargs="?")
+    sub.add_argument("-h", "--help", action="store_true")
+
+    sub = add("resume", "go on with a run", _resume)
+    sub.add_argument("--budget", type=int, help="a new, larger budget")
+    add("verify", "recompute every proposal from the stored values", _verify)
+    sub = add("show", "table and verdict of a run", _show)
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub = add("report", "write report.html again", _report)
+    sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
+    sub = add("export", "write the winners, or all records", _export)
+    sub.add_argument("directory", nargs="?", metavar="DIR", help="folder for the winners")
+    sub.add_argument("--csv", metavar="FILE", help="one row per record")
+    sub.add_argument("--to", default="", metavar="FORM", help="a form of the recipe")
+    add("list", "all runs of a database", _list, run=False)
+    add("doctor", "what this installation can do", _doctor, run=False)
+    return parser
+
+
+# -- run and resume -----------------------------------------------------------------------------
+
+
+def _recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
+    from searchlab.recipes import flags_of
+
+    parser = argparse.ArgumentParser(
+        prog=f"searchlab run {recipe.name}", description=recipe.summary, allow_abbrev=False
+    )
+    general = parser.add_argument_group("the run")
+    general.add_argument("--config", metavar="FILE", help="YAML file of options")
+    general.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one option; repeatable"
+    )
+    general.add_argument("--dry-run", action="store_true", help="check, measure, run nothing")
+    general.add_argument("--out", metavar="DIR", help="the run's folder; runs/NAME by default")
+    general.add_argument("--name", help="name of the run; the recipe's by default")
+    general.add_argument("--database", help="SQLite path or URL; runs/searchlab.db by default")
+    general.add_argument("--quiet", action="store_true", help="no progress line")
+    own = parser.add_argument_group("the search")
+    for name, text, default, flag in flags_of(recipe):
+        shown = text.replace("%", "%%") + ("" if default is None else f" ({default})")
+        option = f"--{name.replace('_', '-')}"
+        if flag:
+            own.add_argument(option, dest=name, default=None, help=shown,
+                             action=argparse.BooleanOptionalAction)
+        else:
+            own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
+    return parser
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.recipes import RECIPES, flags_of, load_recipe, options_from, read_config_file
+
+    if options.recipe is None or options.recipe.startswith("-"):
+        print("usage: searchlab run RECIPE [options]\n\nrecipes:")
+        for name in sorted(RECIPES):
+            print(f"  {name:20} {load_recipe(name).summary}")
+        return EXIT_OK if options.help else EXIT_BAD_INPUT
+    recipe = load_recipe(options.recipe)
+    parser = _recipe_parser(recipe)
+    given = parser.parse_args([*(["--help"] if options.help else []), *rest])
+    values: dict[str, Any] = read_config_file(given.config) if given.config else {}
+    for pair in given.set:
+        key, mark, value = pair.partition("=")
+        if not mark:
+            raise ConfigError(f"--set {pair!r}; allowed: KEY=VALUE")
+        values[key.replace("-", "_")] = value
+    for name, _, _, _ in flags_of(recipe):
+        if getattr(given, name) is not None:
+            values[name] = getattr(given, name)
+    chosen = options_from(recipe, values)
+    name = given.name or (Path(given.out).name if given.out else recipe.name)
+    if not name or "/" in name:
+        raise ConfigError(f"name {name!r}; allowed: a word without slashes")
+    out = Path(given.out) if given.out else Path("runs") / name
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; allowed: a folder")
+    from searchlab.runs import DEFAULT_DATABASE
+
+    database = given.database or DEFAULT_DATABASE
+    if given.dry_run:
+        return _dry_run(recipe, chosen, name, out, database)
+    return _execute(recipe, chosen, name, out, database, quiet=given.quiet)
+
+
+def _execute(
+    recipe: Recipe, chosen: Any, name: str, out: Path, database: str, *, quiet: bool = False
+) -> int:
+    from searchlab.progress import ProgressLine
+    from searchlab.runs import run_recipe, write_artefacts
+
+    config = recipe.build(chosen)
+    line = ProgressLine(unit=config.group_by or "")
+    try:
+        result = run_recipe(
+            recipe,
+            chosen,
+            name=name,
+            out=out,
+            database=database,
+            callbacks=() if quiet else (line,),
+            config=config,
+        )
+        line.done()
+        print(result.table())
+        print(_counts_line(result))
+        if result.meta["status"] == "interrupted":
+            print(f"interrupted; go on with: searchlab resume {name}")
+            print(result.verdict())
+            return EXIT_INTERRUPTED
+        paths = write_artefacts(recipe, config, result, out)
+    except RunInUseError:
+        raise
+    except SearchlabError as error:
+        if getattr(error, "before_run", False) or isinstance(error, ConfigError):
+            raise
+        raise _Started(error) from error
+    print("written: " + ", ".join(str(path) for path in paths))
+    print(result.verdict())
+    return EXIT_OK
+
+
+def _counts_line(result: Result) -> str:
+    counts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.counts.items())
+    seconds = result.meta.get("seconds")
+    stop = result.meta.get("stop_reason")
+    tail = f"; {seconds:.0f} s" if seconds else ""
+    return f"\n{counts}; seed {result.meta['seed']}{tail}" + (f"; stopped by {stop}" if stop else "")
+
+
+def _dry_run(recipe: Recipe, chosen: Any, name: str, out: Path, database: str) -> int:
+    from searchlab.dryrun import estimate
+
+    config = recipe.build(chosen)
+    print(f"run {name!r} in {out}, database {database}")
+    for line in estimate(config):
+        print(line)
+    return EXIT_OK
+
+
+def _resume(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.runs import find_run, open_config
+
+    address = find_run(options.run, options.database)
+    changes = {} if options.budget is None else {"budget": options.budget}
+    opened = open_config(address, changes=changes)
+    return _execute(
+        opened.recipe, opened.options, address.name, address.out, address.database
+    )
+
+
+# -- looking at runs ----------------------------------------------------------------------------
+
+
+def _stored_result(options: argparse.Namespace) -> tuple[Any, Result]:
+    """The run's configuration and its result as the records tell it; evaluates nothing."""
+    from searchlab.runs import find_run, open_config
+    from searchlab.search import stored_result
+    from searchlab.study import Database
+
+    opened = open_config(find_run(options.run, options.database))
+    base = Database(opened.address.database)
+    try:
+        result = stored_result(opened.config, base.read(opened.address.name))
+    finally:
+        base.close()
+    result.out = opened.address.out
+    return opened, result
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.runs import find_run, open_config
+    from searchlab.search import verify
+    from searchlab.study import Database
+
+    opened = open_config(find_run(options.run, options.database))
+    base = Database(opened.address.database)
+    try:
+        store = base.read(opened.address.name)
+        count = len(store.records())
+        differences = verify(opened.config, store)
+    finally:
+        base.close()
+    for line in differences[:20]:
+        print(line)
+    if differences:
+        print(f"{len(differences)} proposals of {count} records differ from what is recomputed")
+        return EXIT_FAILURE
+    print(f"verified: all proposals of {count} records are what the seed and the values give")
+    return EXIT_OK
+
+
+def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    _, result = _stored_result(options)
+    if options.json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        print(result.table())
+        print(_counts_line(result))
+        print(result.verdict())
+    return EXIT_OK
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.report import write_report
+
+    opened, result = _stored_result(options)
+    recipe = opened.recipe
+    more = recipe.sections(opened.config, result) if recipe.sections is not None else ()
+    target = Path(options.to) if options.to else opened.address.out / "report.html"
+    print(write_report(result, target, sections=more))
+    return EXIT_OK
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.runs import export_result, find_run, open_config
+    from searchlab.study import Database
+
+    if options.csv is None and options.directory is None:
+        raise ConfigError("export needs a folder or --csv FILE")
+    if options.csv is not None:
+        opened = open_config(find_run(options.run, options.database))
+        base = Database(opened.address.database)
+        try:
+            store = base.read(opened.address.name)
+            spaces = [stage.space for stage in opened.config.stages]
+            objectives = opened.config.stages[-1].evaluator.objectives
+            store.export_csv(Path(options.csv), spaces, objectives)
+        finally:
+            base.close()
+        print(options.csv)
+    if options.directory is not None:
+        opened, result = _stored_result(options)
+        paths = export_result(
+            opened.recipe, opened.config, result, Path(options.directory), options.to
+        )
+        for path in paths:
+            print(path)
+    return EXIT_OK
+
+
+def _list(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.runs import DEFAULT_DATABASE
+    from searchlab.study import Database
+
+    where = options.database or DEFAULT_DATABASE
+    if "://" not in where and not Path(where).is_file():
+        print(f"no database at {where}")
+        return EXIT_OK
+    base = Database(where)
+    try:
+        infos = base.runs()
+    finally:
+        base.close()
+    for info in infos:
+        print(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}")
+    return EXIT_OK
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.doctor import report_lines
+
+    for line in report_lines(options.database):
+        print(line)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Recipes: named searches that join a space, an evaluator and an algorithm from plain options."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchlab.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from searchlab.config import SearchConfig
+    from searchlab.report import Section
+    from searchlab.result import Result
+
+__all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_config_file"]
+
+RECIPES: dict[str, str] = {
+    "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
+}
+ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
+
+# Options that may differ between the runs of one name: they do not change the trace's prefix.
+GROWABLE = ("budget",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named search.
+
+    Attributes:
+        name: after what varies, like the files in `spaces/`.
+        summary: one line for the help.
+        options: a frozen dataclass of JSON values; its fields are the recipe's flags, each with
+            `metadata={"help": ...}`; validates itself.
+        build: options -> configuration. May load models, and must do every check that does not
+            need an evaluation.
+        sections: further report sections.
+        export: (result, directory, form) -> files; form is a value of `--to`, "" for the default.
+        estimate: options -> a rough number of evaluations, for progress and dry runs.
+    """
+
+    name: str
+    summary: str
+    options: type[Any]
+    build: Callable[[Any], SearchConfig]
+    sections: Callable[[SearchConfig, Result], Sequence[Section]] | None = None
+    export: Callable[[SearchConfig, Result, Path, str], list[Path]] | None = None
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of a name or an alias; recipes of other packages come by entry point.
+
+    Raises:
+        ConfigError: unknown name; lists the known ones.
+    """
+    name = ALIASES.get(name, name)
+    target = RECIPES.get(name)
+    if target is None:
+        for entry in importlib.metadata.entry_points(group="searchlab.recipes"):
+            if entry.name == name:
+                loaded: Recipe = entry.load()
+                return loaded
+        raise unknown_name("recipe", name, [*RECIPES, *ALIASES])
+    module, attribute = target.split(":")
+    recipe: Recipe = getattr(importlib.import_module(module), attribute)
+    return recipe
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file (safe_load; a mapping of option names).
+
+    Raises:
+        ConfigError: missing, unreadable or not a mapping.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"config file {str(path)!r} is not YAML: {line}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"config file {str(path)!r}; allowed: a mapping of option names")
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def options_from(recipe: Recipe, values: Mapping[str, Any]) -> Any:
+    """The recipe's options from a mapping of names to values or texts.
+
+    Raises:
+        ConfigError: an unknown name, or a value of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(recipe.options)}
+    hints = typing.get_type_hints(recipe.options)
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_name(f"option of {recipe.name}", name, fields)
+        converted[name] = convert(name, value, hints[name])
+    return recipe.options(**converted)
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """One option value in its declared type (bool, int, float, str, or one of these or None)."""
+    kinds = [hint]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = list(typing.get_args(hint))
+        if value is None and type(None) in kinds:
+            return None
+        kinds = [kind for kind in kinds if kind is not type(None)]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        allowed = typing.get_args(kinds[0])
+        if value not in allowed:
+            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+        return value
+    kind = kinds[0]
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            return words[str(value).lower()]
+        if kind is int:
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+                raise ValueError
+            return int(value)
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if isinstance(value, bool | list | dict):
+            raise ValueError
+        return str(value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{name} {value!r}; allowed: {kind.__name__}") from None
+
+
+def flags_of(recipe: Recipe) -> list[tuple[str, str, Any, bool]]:
+    """(field name, help, default, is boolean) for every option of a recipe."""
+    hints = typing.get_type_hints(recipe.options)
+    out = []
+    for field in dataclasses.fields(recipe.options):
+        default = None if field.default is dataclasses.MISSING else field.default
+        text = field.metadata.get("help", "")
+        out.append((field.name, text, default, hints[field.name] is bool))
+    return out

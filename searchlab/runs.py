@@ -1,0 +1,214 @@
+"""Run folders: where a run's artefacts lie, and how a name or a folder leads back to the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchlab.errors import ConfigError, DataError, StudyError
+from searchlab.recipes import Recipe, load_recipe, options_from
+
+if TYPE_CHECKING:
+    from searchlab.config import SearchConfig
+    from searchlab.loop import Callback
+    from searchlab.result import Result
+    from searchlab.study import Database
+
+__all__ = [
+    "DEFAULT_DATABASE",
+    "Opened",
+    "RunAddress",
+    "find_run",
+    "open_config",
+    "run_recipe",
+    "write_artefacts",
+    "write_text",
+]
+
+DEFAULT_DATABASE = "runs/searchlab.db"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunAddress:
+    """Where a run is: its name, its database and its folder."""
+
+    name: str
+    database: str
+    out: Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing. Raises StudyError naming the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StudyError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def find_run(name: str, database: str | None = None) -> RunAddress:
+    """The run of a name or of a folder.
+
+    Raises:
+        ConfigError: neither a run folder nor a run of the database; lists the known ones.
+    """
+    folder = Path(name)
+    if (folder / RUN_FILE).is_file():
+        return _read_address(folder)
+    under = Path("runs") / name
+    if database is None and (under / RUN_FILE).is_file():
+        return _read_address(under)
+    where = database or DEFAULT_DATABASE
+    if "://" not in where and not Path(where).is_file():
+        raise ConfigError(f"no run {name!r}: no such folder, and no database at {where!r}")
+    from searchlab.study import Database
+
+    base = Database(where)
+    try:
+        for info in base.runs():
+            if info.name == name:
+                return RunAddress(name, where, Path(info.out))
+        known = ", ".join(info.name for info in base.runs()) or "none"
+    finally:
+        base.close()
+    raise ConfigError(f"no run {name!r} in {where!r}; known: {known}")
+
+
+def _read_address(folder: Path) -> RunAddress:
+    path = folder / RUN_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        name, database = data["name"], data["database"]
+        if not isinstance(name, str) or not isinstance(database, str):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{str(path)!r} is not a run file; allowed: name and database") from None
+    if "://" not in database and not Path(database).is_absolute():
+        database = str((folder / database).resolve())
+    return RunAddress(name, database, folder)
+
+
+@dataclass
+class Opened:
+    """A run's configuration as its database tells it."""
+
+    address: RunAddress
+    recipe: Recipe
+    options: Any
+    config: SearchConfig
+
+
+def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None) -> Opened:
+    """Rebuilds the configuration of a stored run.
+
+    Args:
+        address: which run.
+        changes: options that may grow (the budget).
+
+    Raises:
+        StudyError: a run that was made from Python; only the code that made it can go on with it.
+    """
+    from searchlab.study import Database
+
+    base = Database(address.database)
+    try:
+        store = base.read(address.name)
+        recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
+        store.close("")
+    finally:
+        base.close()
+    if not recipe_name:
+        raise StudyError(
+            f"run {address.name!r} was made from Python; call searchlab.search again with the same "
+            "arguments to go on with it"
+        )
+    recipe = load_recipe(recipe_name)
+    values = options_from(recipe, {**(options or {}), **(changes or {})})
+    return Opened(address, recipe, values, recipe.build(values))
+
+
+def run_recipe(
+    recipe: Recipe,
+    options: Any,
+    *,
+    name: str,
+    out: Path,
+    database: str,
+    callbacks: Sequence[Callback] = (),
+    config: SearchConfig | None = None,
+) -> Result:
+    """Runs or resumes a recipe under a name, with all its artefacts.
+
+    Raises:
+        SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
+    """
+    from searchlab.search import run
+    from searchlab.study import Database
+
+    config = config if config is not None else recipe.build(options)
+    if "://" not in database:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    base = Database(database)
+    try:
+        store = base.open_run(
+            name,
+            config=config.describe(),
+            space=config.stages[-1].space.fingerprint,
+            seed=config.seed,
+            out=str(out),
+        )
+        _write_address(out, name, database)
+        store.set_meta("recipe", recipe.name)
+        store.set_meta("options", asdict(options))
+        result = run(config, store=store, callbacks=callbacks)
+    finally:
+        base.close()
+    result.out = out
+    return result
+
+
+def _write_address(out: Path, name: str, database: str) -> None:
+    where = database
+    if "://" not in database:
+        where = os.path.relpath(Path(database).resolve(), out.resolve())
+    write_text(out / RUN_FILE, json.dumps({"name": name, "database": where}, indent=1) + "\n")
+
+
+def write_artefacts(recipe: Recipe, config: SearchConfig, result: Result, out: Path) -> list[Path]:
+    """result.json, the winners in the form the space exports, and report.html."""
+    from searchlab.report import write_report
+
+    paths = [out / "result.json"]
+    write_text(paths[0], json.dumps(result.to_json(), indent=1) + "\n")
+    if any(group.winner is not None for group in result.groups):
+        paths += export_result(recipe, config, result, out / "export", "")
+    more = recipe.sections(config, result) if recipe.sections is not None else ()
+    paths.append(write_report(result, out / "report.html", sections=more))
+    return paths
+
+
+def export_result(
+    recipe: Recipe, config: SearchConfig, result: Result, directory: Path, form: str
+) -> list[Path]:
+    """Writes the winners; `form` is the recipe's own ("" = default)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if recipe.export is not None:
+        return recipe.export(config, result, directory, form)
+    if form:
+        raise ConfigError(f"--to {form!r}; recipe {recipe.name} has only its default form")
+    return result.export(directory)
+
+
