@@ -221,7 +221,7 @@ class PrefixTree:
                 raise EvaluationError(
                     f"the model answered with shape {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
                 )
-            for (node, _), output in zip(part, answer.split(size), strict=True):
+            for (node, _), output in zip(part, torch.split(answer, size), strict=True):
                 node.output = output
             self.work.run += len(part)
             self.work.calls += 1
