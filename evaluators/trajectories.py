@@ -198,9 +198,9 @@ class PrefixTree:
             total = _add(total, float(weights[c]), value)
         outputs = table.outputs[row]
         for j in np.flatnonzero(outputs).tolist():
-            value = path[j].output
-            assert value is not None
-            total = _add(total, float(outputs[j]), value)
+            output = path[j].output
+            assert output is not None
+            total = _add(total, float(outputs[j]), output)
         return torch.zeros_like(self._x) if total is None else total
 
     def _analytic(self, first: str) -> Tensor:
@@ -221,7 +221,7 @@ class PrefixTree:
                 raise EvaluationError(
                     f"the model answered with shape {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
                 )
-            for (node, _), output in zip(part, answer.split(size), strict=True):
+            for (node, _), output in zip(part, torch.split(answer, size), strict=True):
                 node.output = output
             self.work.run += len(part)
             self.work.calls += 1

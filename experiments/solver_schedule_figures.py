@@ -125,8 +125,8 @@ def _draw_panel(axes: Axes, title: str, rows: Sequence[_Row], scale: _Scale) -> 
             axes.plot([at], [y], mark, color=colour, markersize=5.5, zorder=3)
             if step.corrector != "none":
                 axes.plot([at], [y], **_ring(mark, step.corrector, colour), zorder=2)
-    for x in scale.infinite():
-        axes.axvline(x, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
+    for edge in scale.infinite():
+        axes.axvline(edge, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
     axes.set_yticks([-float(i) for i in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -234,7 +234,7 @@ def _show(axes: Axes, label: str, shown: _Array, limits: tuple[float, float], co
     # Pixels by the nearest neighbour: a browser would blur an 8x8 image.
     axes.imshow(shown, vmin=limits[0], vmax=limits[1], cmap=colours, interpolation="nearest")
     axes.set_axis_off()
-    at = {"transform": axes.transAxes, "ha": "right", "va": "center"}
+    at: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "center"}
     axes.text(-0.01, 0.5, label, fontsize=8, color=INK, **at)
 
 

@@ -213,8 +213,8 @@ def _pictures(
         figure = figure_samples(reference.double().cpu().numpy(), rows, shape)
         base = group.best_baseline()
         caption = (
-            f"The first {SAMPLES} start states of the report split, the same in every column; not "
-            "chosen. Below: absolute difference to the reference, all on one scale."
+            f"The first {SAMPLES} start states of the report split, not chosen; each column is one "
+            "of them. Below: absolute difference to the reference, all on one scale (dark is none)."
         )
         if base is not None:
             caption += f" Best baseline: {base.name}."

@@ -33,7 +33,7 @@ th,td{padding:.28rem .7rem .28rem 0;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{padding-left:.4rem}
 td{vertical-align:top}
 td.number,td.group{white-space:nowrap}
-td.text{min-width:6rem;overflow-wrap:anywhere}
+td.text{overflow-wrap:break-word}
 td.what{min-width:12rem}
 tr.winner td{background:var(--win);font-weight:600}
 tr.first td{border-top:2px solid var(--line)}
@@ -48,7 +48,8 @@ padding:.7rem .9rem;background:var(--card);width:max-content;min-width:100%}
 dl{display:grid;grid-template-columns:minmax(8rem,15rem) 1fr;gap:.2rem 1rem;font-size:.9rem}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;min-width:0}
 dd ul{margin:0;padding-left:1.1rem}
-@media (max-width:32rem){dl{grid-template-columns:1fr}dt{margin-top:.4rem}main{padding:.8rem .7rem 3rem}}
+@media (max-width:32rem){dl{grid-template-columns:1fr}
+dt{margin-top:.4rem}main{padding:.8rem .7rem 3rem}}
 @media print{.wide{overflow:visible}}
 """
 """Light and dark by the reader's setting; wide parts scroll on narrow screens."""

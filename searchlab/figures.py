@@ -38,7 +38,7 @@ COLOURS = (
 _STYLE = (
     "<style>:root{color:#1c2630}@media (prefers-color-scheme: dark){:root{color:#dde3e9}}</style>"
 )
-_LOG_FROM = 12.0  # ratio of largest to smallest value from which an axis is logarithmic
+_LOG_FROM = 5.0  # ratio of largest to smallest value from which an axis is logarithmic
 
 
 def style(axes: Axes, *, x: str, y: str) -> None:
@@ -155,8 +155,12 @@ def _line(
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     finite = np.array([v for v in values if np.isfinite(v)])
     if len(finite) and finite.min() > 0 and finite.max() > _LOG_FROM * finite.min():
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
         axes.set_yscale("log")
-        axes.grid(visible=True, which="minor", axis="y", color=INK, alpha=0.06, linewidth=0.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _objective(result: Result) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from searchlab._report_page import CSS, POLICY
 from searchlab.errors import ConfigError
+from searchlab.evaluator import environment
 from searchlab.figures import figure_curve, figure_front
 from searchlab.final import Interval, paired
 from searchlab.population import OK, PRUNED
@@ -123,7 +124,8 @@ def _verdict(result: Result) -> str:
     status = str(result.meta.get("status", ""))
     note = ""
     if status and status != "finished":
-        note = f'<p class="note">The run is {escape(status)}: what follows is known so far.</p>'
+        text = f"This run has not finished ({status}): what follows is known so far."
+        note = f'<p class="note">{escape(text)}</p>'
     return (
         f'<h1>{escape(result.name)}</h1>\n<p class="verdict">{escape(result.verdict())}</p>\n{note}'
     )
@@ -214,8 +216,8 @@ def _curve(result: Result) -> str:
     if svg is None:
         return ""
     caption = (
-        "Best value so far at full fidelity, in the search. Dashed: the search value of the best "
-        "baseline."
+        "Best value so far at full fidelity, known points that the stage began with included. "
+        "Dashed: the search value of the best baseline."
     )
     return f"<h2>Search</h2>\n{_figure(svg, caption)}"
 
@@ -236,10 +238,7 @@ def _settings(result: Result) -> str:
     meta = dict(result.meta)
     entries: list[tuple[str, Any]] = [("run", result.name)]
     names = {
-        "paid": "evaluations paid",
         "hits": "answered without paying",
-        "failed": "failed",
-        "baselines": "baselines evaluated",
         "final": "evaluations of the final",
     }
     entries += [(names.get(name, name), count) for name, count in result.counts.items()]
@@ -252,12 +251,15 @@ def _settings(result: Result) -> str:
         if total > 0:
             entries.append(("time in the evaluator", _seconds(total)))
     labels = {
+        "pace": "pace, by stage",
         "lag": "lag (most open jobs)",
         "chunk": "chunk (jobs per call)",
         "repeat": "same candidate twice, largest difference",
         "stop_reason": "stopped because",
     }
     entries += [(labels.get(name, name), value) for name, value in meta.items()]
+    if "environment" not in meta:
+        entries.append(("environment of this page", environment()))
     body = "".join(
         f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{_value(value)}</dd>"
         for name, value in entries
