@@ -47,11 +47,14 @@ class Executor(Protocol):
     def workers(self) -> int: ...
     def start(self, evaluators: tuple[Evaluator, ...]) -> None:
         """Sets the evaluators up, once per worker."""
+
     def has_room(self) -> bool:
         """Whether another chunk could begin soon."""
+
     def submit(self, chunk: Chunk) -> None: ...
     def wait(self, timeout: float | None = None) -> list[Done]:
         """All chunks finished by now; waits for at least one if any is open."""
+
     def close(self) -> None: ...
 
 
@@ -65,7 +68,13 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
     started = time.time()
     try:
         evaluations = evaluator.evaluate(padded)
-        if len(evaluations) != len(padded):
+        if not isinstance(evaluations, Evaluations):
+            evaluations = Evaluations.failed(
+                n,
+                len(evaluator.objectives),
+                f"evaluator returned {type(evaluations).__name__}; allowed: Evaluations",
+            )
+        elif len(evaluations) != len(padded):
             evaluations = Evaluations.failed(
                 n,
                 len(evaluator.objectives),
