@@ -71,6 +71,9 @@ class SolverScheduleOptions:
     report_banks: int = _option(4, "noise banks of the report split; 2 or more give intervals")
     seed: int = _option(0, "the one seed of the search")
     data_seed: int = _option(0, "seed of the noise banks, the same for searches to be compared")
+    threads: int | None = _option(
+        None, "torch threads; 1 for the bundled problems, torch's own choice for a pipeline"
+    )
     quantum: int = _option(8, "children proposed and evaluated together")
     lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
 
@@ -90,6 +93,8 @@ class SolverScheduleOptions:
                 raise ConfigError(f"{name} {value}; allowed: 16 or more")
         if not 0 <= self.data_seed < 2**40:
             raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads {self.threads}; allowed: 1 to 1024")
         if self.preset == "paper":
             raise ConfigError(
                 "preset 'paper' is the predictor-guided search of the paper and comes with the "
@@ -140,6 +145,7 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
     """The configuration of a run; loads the model."""
     from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
 
+    _set_threads(options)
     low, high = options.calls
     groups = tuple(range(low, high + 1))
     room = _pipeline_room(options) if options.pipeline else _bundled_room(options)
@@ -182,6 +188,16 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
         recipe="solver_schedule",
         options=asdict(options),
     )
+
+
+def _set_threads(options: SolverScheduleOptions) -> None:
+    """A fixed number of threads: sums are split by it, and small models gain nothing from more."""
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif options.pipeline is None:
+        torch.set_num_threads(1)
 
 
 def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> AlgorithmSpec:
