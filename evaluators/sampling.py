@@ -21,7 +21,7 @@ from searchlab.evaluator import (
     Reproducibility,
     Signal,
 )
-from searchlab.evaluators.distances import FrechetReference, frechet_distances
+from searchlab.evaluators.distances import FrechetReference, frechet_distances, kid
 from searchlab.evaluators.noise import Split, noise_bank, split_seed
 from searchlab.evaluators.trajectories import PrefixTree, Work
 from searchlab.population import FAILED, OK, Evaluations, Jobs
@@ -34,6 +34,7 @@ __all__ = ["SampleDistance", "SamplingEvaluator", "SamplingProblem", "split_of"]
 
 VERSION = 1
 REMEMBERED_BANKS = 2
+KID_BLOCK = 500  # rows per block of the kernel distance: its cost grows with the square
 
 
 def split_of(replicate: int) -> tuple[Split, int]:
@@ -55,15 +56,17 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class SampleDistance:
-    """Fréchet distance of features to a reference set.
+    """Distance of samples to data, in a feature space.
 
     Attributes:
         features: the extractor.
-        reference: of the real data.
+        reference: mean and covariance of the data's features.
+        rows: (m, d) the data's features themselves; needed for the kernel distance.
     """
 
     features: Features
     reference: FrechetReference
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,14 @@ class SamplingEvaluator:
 
     Objective "rmse": root mean square difference to the reference solution of the same noise, in
     data units; items are the samples' mean square errors. Objective "fd": Fréchet distance of
-    features. The other one is a signal on the selection and report splits (NaN in the search).
+    features; "kid": kernel distance (unbiased, may be negative). On the selection and report splits
+    the signal is "rmse" for a distance and "fd" for "rmse" (NaN in the search).
 
     Args:
         space: `plans` of it are schedules.
         problem: what to sample from.
-        objective: "rmse" or "fd".
-        distance: needed for "fd".
+        objective: "rmse", "fd" or "kid".
+        distance: needed for the latter two.
         samples: samples per fidelity, ascending; the last is the truth of the search.
         held_out: samples on the selection and report splits.
         seed: of the noise banks; never the search's seed, so that searches share values.
@@ -129,7 +133,7 @@ class SamplingEvaluator:
 
     space: Space
     problem: SamplingProblem
-    objective: Literal["rmse", "fd"] = "rmse"
+    objective: Literal["rmse", "fd", "kid"] = "rmse"
     distance: SampleDistance | None = None
     samples: tuple[int, ...] = (64, 256)
     held_out: int = 2000
@@ -140,10 +144,14 @@ class SamplingEvaluator:
     work: Work = field(default_factory=Work)
 
     def __post_init__(self) -> None:
-        if self.objective not in ("rmse", "fd"):
-            raise ConfigError(f"objective {self.objective!r}; allowed: rmse, fd")
-        if self.objective == "fd" and self.distance is None:
-            raise ConfigError("objective 'fd' needs a feature extractor and a reference set")
+        if self.objective not in ("rmse", "fd", "kid"):
+            raise ConfigError(f"objective {self.objective!r}; allowed: rmse, fd, kid")
+        if self.objective != "rmse" and self.distance is None:
+            raise ConfigError(
+                f"objective {self.objective!r} needs a feature extractor and a reference set"
+            )
+        if self.objective == "kid" and (self.distance is None or self.distance.rows is None):
+            raise ConfigError("objective 'kid' needs the reference set's features")
         if not self.samples or list(self.samples) != sorted(set(self.samples)):
             raise ConfigError(f"samples {self.samples}; allowed: rising numbers")
         if self.samples[0] < 2 or self.held_out < 2:
@@ -207,7 +215,7 @@ class SamplingEvaluator:
         finals = self.sample(schedules, jobs.replicate, n)
         finite = torch.isfinite(finals).flatten(1).all(dim=1).cpu().numpy()
         both = split != "search"
-        if self.objective == "rmse" or (both and self.distance is not None):
+        if self.objective == "rmse" or both:
             errors = self._errors(finals, jobs.replicate, n)
             rmse = np.sqrt(errors.mean(axis=1))
             if self.objective == "rmse":
@@ -215,12 +223,12 @@ class SamplingEvaluator:
                 items = [row.astype(np.float32) for row in errors]
             else:
                 signals[:, 0] = rmse
-        if self.distance is not None and (self.objective == "fd" or both):
-            fd = self._distances(finals)
-            if self.objective == "fd":
-                values[:, 0] = fd
+        if self.distance is not None and (self.objective != "rmse" or both):
+            distances = self._distances(finals, kernel=self.objective == "kid")
+            if self.objective == "rmse":
+                signals[:, 0] = distances
             else:
-                signals[:, 0] = fd
+                values[:, 0] = distances
         for row in np.flatnonzero(~finite):
             state[row] = FAILED
             reason[row] = "the samples are not finite"
@@ -276,10 +284,20 @@ class SamplingEvaluator:
         difference = (finals.double() - bank.reference).flatten(2)
         return np.asarray((difference**2).mean(dim=2).cpu().numpy())
 
-    def _distances(self, finals: Tensor) -> NDArray[np.float64]:
+    def _distances(self, finals: Tensor, *, kernel: bool) -> NDArray[np.float64]:
         assert self.distance is not None
         c, n = finals.shape[:2]
         with torch.no_grad():
-            features = [self.distance.features(row) for row in finals]
-        stacked = torch.stack(features).reshape(c, n, -1)
-        return frechet_distances(stacked, self.distance.reference)
+            features = torch.stack([self.distance.features(row) for row in finals])
+        if not kernel:
+            return frechet_distances(features.reshape(c, n, -1), self.distance.reference)
+        rows = self.distance.rows
+        assert rows is not None
+        whole = torch.isfinite(features).flatten(1).all(dim=1)
+        block = min(KID_BLOCK, n, len(rows))
+        return np.array(
+            [
+                kid(part, rows, block=block)[0] if ok else np.nan
+                for part, ok in zip(features, whole, strict=True)
+            ]
+        )

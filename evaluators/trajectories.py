@@ -198,9 +198,9 @@ class PrefixTree:
             total = _add(total, float(weights[c]), value)
         outputs = table.outputs[row]
         for j in np.flatnonzero(outputs).tolist():
-            value = path[j].output
-            assert value is not None
-            total = _add(total, float(outputs[j]), value)
+            output = path[j].output
+            assert output is not None
+            total = _add(total, float(outputs[j]), output)
         return torch.zeros_like(self._x) if total is None else total
 
     def _analytic(self, first: str) -> Tensor:

@@ -53,8 +53,8 @@ class SolverScheduleOptions:
     reference_steps: int | None = _option(None, "model calls of the reference solution")
     guidance: float | None = _option(None, "guidance scale of the pipeline; its own without it")
     metric: str | None = _option(None, "module:function on images, for the pipeline's shortlist")
-    objective: Literal["rmse", "fd"] = _option(
-        "rmse", "rmse: error against the reference; fd: Fréchet distance of samples (digits)"
+    objective: Literal["rmse", "fd", "kid"] = _option(
+        "rmse", "rmse: error against the reference; fd, kid: distance of samples to data (digits)"
     )
     nfe: str = _option("5..10", "numbers of model calls, LOW..HIGH or one number")
     budget: int | None = _option(None, "evaluations beyond the known points; 300 per number of calls")
@@ -95,8 +95,10 @@ class SolverScheduleOptions:
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is for --pipeline; the problem is {self.problem!r}")
         elif self.objective != "rmse":
-            raise ConfigError("objective 'fd' needs reference features; a pipeline has 'rmse'")
-        if self.problem == "mixture" and (self.objective == "fd" or self.label is not None):
+            raise ConfigError(
+                f"objective {self.objective!r} needs reference features; a pipeline has 'rmse'"
+            )
+        if self.problem == "mixture" and (self.objective != "rmse" or self.label is not None):
             raise ConfigError("problem 'mixture' has objective 'rmse' and no labels")
         if self.label is not None and not 0 <= self.label <= 9:
             raise ConfigError(f"label {self.label}; allowed: 0 to 9")
@@ -214,7 +216,7 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
             label=options.label, reference_steps=options.reference_steps or 60
         )
         within = ScheduleRange(options.calls, (0.002, 0.1), first=("model", "zero", "mean"))
-        if options.objective == "fd":
+        if options.objective != "rmse":
             samples, held_out = (500, options.samples or 2000), options.held_out or 4000
         else:
             samples, held_out = (64, options.samples or 256), options.held_out or 2000

@@ -67,8 +67,8 @@ def digits_problem(
         mean=torch.as_tensor(data_mean(), dtype=torch.float32),
     )
     classifier = load_digits_classifier()
-    features = FrechetReference.from_features(reference_features(classifier))
-    return problem, SampleDistance(classifier, features)
+    rows = reference_features(classifier)
+    return problem, SampleDistance(classifier, FrechetReference.from_features(rows), rows)
 
 
 def mixture_problem() -> SamplingProblem:

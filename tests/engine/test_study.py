@@ -34,6 +34,7 @@ ROOT = Path(searchlab.__file__).resolve().parent.parent
 BATCH = 10
 
 
+
 class TestMemoryRun(StudySuite):
     @pytest.fixture
     def store(self) -> MemoryRun:
