@@ -19,7 +19,17 @@ from searchlab.result import Result
 from searchlab.search import run
 from searchlab.study import Database
 
-__all__ = ["Outcome", "Preset", "add_flags", "database", "figures", "names", "search"]
+__all__ = [
+    "Outcome",
+    "Preset",
+    "add_flags",
+    "add_threads",
+    "database",
+    "figures",
+    "names",
+    "outcomes",
+    "search",
+]
 
 Preset = Literal["default", "released"]
 DIGITS = 5
@@ -65,14 +75,19 @@ class Outcome:
         return self.value / float(np.mean(self.analytic.report))
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`."""
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """`--folder` and `--threads`."""
+    add_threads(parser)
     parser.add_argument(
         "--folder",
         type=Path,
         help="keep the runs in a database there, so that a stopped benchmark goes on",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
 
 
 @contextmanager
