@@ -121,7 +121,8 @@ def outcomes(result: Result) -> dict[int, Outcome]:
     out = {}
     for group in result.groups:
         fixed = group.best_baseline()
-        assert group.winner is not None and fixed is not None
+        assert group.winner is not None
+        assert fixed is not None
         out[group.group] = Outcome(
             result.meta["seed"],
             group.winner,

@@ -7,9 +7,9 @@ The family is 6 grids x 4 endings x 15 solvers, most with and without a lower or
 points per number of model calls, all of them scored on few samples, the best 24 on as many as the
 search uses, the best 5 on the selection split, the best one on the report banks, exactly as for
 searched schedules. Solvers with an analytic first evaluation (2 x 648 points) are listed apart.
-One run per seed covers all numbers of calls, and every seed has noise banks of its own. `by hindsight` is the
-smallest value that any point of the family has on the first report bank itself, a bound that no
-rule of choosing beats.
+One run per seed covers all numbers of calls, and every seed has noise banks of its own. By
+hindsight is the smallest value that any point of the family has on the first report bank itself, a
+bound that no rule of choosing beats.
 
 "rmse" is the error against the solution of 60 calls, "fd" the Fréchet distance of a classifier's
 features to those of the real images; an fd below that of the 60 calls means that the error of few
@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -216,7 +217,7 @@ def _over_calls(
     if low == high:
         return
     curves = [[run[nfe].value for nfe in range(low, high + 1)] for run in default]
-    rises = [b / a for curve in curves for a, b in zip(curve, curve[1:], strict=False)]
+    rises = [b / a for curve in curves for a, b in pairwise(curve)]
     aims = []
     if objective == "rmse":
         aims = [Aim("value over that of one call less, highest", max(rises), "at most", 1.0)]

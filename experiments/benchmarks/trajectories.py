@@ -94,15 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = QUICK if options.quick else FULL
     journal = Journal("trajectories", options)
     problem, _ = digits_problem()
-    for nfe in range(sizes.nfe[0], sizes.nfe[1] + 1):
-        family = [compile_schedule(s) for s in fixed_family(problem.noise, nfe).values()]
-        for samples in (64, 500):
-            name = f"model calls saved, known solvers, nfe {nfe}, {samples} samples"
-            _count(journal, name, family, FAMILY_CHUNK, samples, FAMILY_SAVES)
+    for samples in (64, 500):
+        _family(journal, problem, sizes.nfe, samples)
     found = proposed(sizes)
     for samples in (256, 2000):
-        name = f"model calls saved, candidates of a search, {samples} samples"
-        _count(journal, name, found, SEARCH_CHUNK, samples, SEARCH_SAVES)
+        figures = {
+            "chunk": SEARCH_CHUNK,
+            "samples": samples,
+            **_count(found, SEARCH_CHUNK, samples),
+        }
+        aim = Aim("needed over run", figures["needed_over_run"], "at least", SEARCH_SAVES)
+        journal.case(f"model calls saved, a search, {samples} samples", figures, aims=[aim])
     chosen = _spaced(found, sizes.timed)
     for samples, limit in sizes.samples.items():
         for size in (SEARCH_CHUNK, FAMILY_CHUNK):
@@ -144,23 +146,34 @@ def _chunks(tables: Tables, size: int) -> list[Tables]:
     return [tables[at : at + size] for at in range(0, len(tables), size)]
 
 
-def _count(
-    journal: Journal, name: str, tables: Tables, chunk: int, samples: int, limit: float
-) -> None:
+def _family(journal: Journal, problem: SamplingProblem, nfe: tuple[int, int], samples: int) -> None:
+    """The known solvers of all numbers of calls as the recipe scores them, and each number apart."""
+    parts = {}
+    every: list[CoefficientTable] = []
+    for calls in range(nfe[0], nfe[1] + 1):
+        family = [compile_schedule(s) for s in fixed_family(problem.noise, calls).values()]
+        parts[calls] = _count(family, FAMILY_CHUNK, samples)
+        every += family
+    figures = {"chunk": FAMILY_CHUNK, "samples": samples, **_count(every, FAMILY_CHUNK, samples)}
+    aim = Aim("needed over run", figures["needed_over_run"], "at least", FAMILY_SAVES)
+    journal.case(
+        f"model calls saved, known solvers, {samples} samples",
+        {**figures, "by_nfe": parts},
+        aims=[aim],
+    )
+
+
+def _count(tables: Tables, chunk: int, samples: int) -> dict[str, Any]:
     start = torch.zeros((samples, 64))
     tree = PrefixTree(lambda x, t: x, start, mean=torch.zeros(64), max_rows=MAX_ROWS)
     for part in _chunks(tables, chunk):
         tree.run(part)
-    saved = tree.work.evaluations / tree.work.run
-    figures = {
+    return {
         "schedules": len(tables),
-        "chunk": chunk,
-        "samples": samples,
         "needed": tree.work.evaluations,
         "run": tree.work.run,
-        "needed_over_run": round(saved, 4),
+        "needed_over_run": round(tree.work.evaluations / tree.work.run, 4),
     }
-    journal.case(name, figures, aims=[Aim("needed over run", saved, "at least", limit)])
 
 
 def _tree(model: Model, problem: SamplingProblem, start: Tensor) -> PrefixTree:
