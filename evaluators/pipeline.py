@@ -175,7 +175,7 @@ class PipelineEvaluator:
         return tuple(Fidelity(f"{n} samples", n / counts[-1]) for n in counts)
 
     def identity(self) -> Mapping[str, Any]:
-        """Model, prompts, settings, noise and reference; not the path, which is probed equal."""
+        """Model, prompts, settings, noise and reference; not what the probe found equal."""
         sampler = self.sampler
         s = self.settings
         metric = self.metric
@@ -188,6 +188,8 @@ class PipelineEvaluator:
             "reference_steps": s.reference_steps,
             "n_noise": self.samples.n_noise,
             "seed": s.seed,
+            "path": s.path,
+            "max_rows": s.max_rows,
             "metric": None if metric is None else f"{metric.__module__}:{_name(metric)}",
         }
 
@@ -290,8 +292,11 @@ class PipelineEvaluator:
                 errors[i, 0] = spread / (2 * rmse)
             items[i] = squares.astype(np.float32)
             if self.metric is not None and split != "search":
-                images = self.sampler.images(schedules[i], bank.rows)
-                signals[i, 0] = checked_metric(self.metric, images, bank.prompts).mean()
+                try:
+                    images = self.sampler.images(schedules[i], bank.rows)
+                    signals[i, 0] = checked_metric(self.metric, images, bank.prompts).mean()
+                except SearchlabError as error:
+                    state[i], reason[i] = FAILED, str(error)
         return Evaluations(
             values=values,
             state=state,

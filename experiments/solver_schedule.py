@@ -13,7 +13,7 @@ Models and evaluators are imported where they are needed, so that listing option
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,6 @@ from searchlab.recipes import Recipe
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
     from searchlab.config import AlgorithmSpec, SearchConfig
-    from searchlab.evaluators.sampling import SamplingEvaluator
     from searchlab.report import Section
     from searchlab.result import Result
     from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
@@ -53,16 +52,28 @@ class SolverScheduleOptions:
     reference_steps: int | None = _option(None, "model calls of the reference solution")
     guidance: float | None = _option(None, "guidance scale of the pipeline; its own without it")
     metric: str | None = _option(None, "module:function on images, for the pipeline's shortlist")
+    metric_direction: Literal["min", "max"] = _option("max", "which direction of it is better")
+    n_noise: int | None = _option(None, "start noises per prompt of the pipeline")
+    num_frames: int | None = _option(None, "frames, for video pipelines")
+    device: str | None = _option(None, "torch device of the pipeline; cuda where there is one")
+    path: Literal["auto", "pipeline", "rows"] = _option(
+        "auto", "rows: schedules share calls of the network; auto: where a probe finds that equal"
+    )
     objective: Literal["rmse", "fd", "kid"] = _option(
         "rmse", "rmse: error against the reference; fd, kid: distance of samples to data (digits)"
     )
     nfe: str = _option("5..10", "numbers of model calls, LOW..HIGH or one number")
-    budget: int | None = _option(None, "evaluations beyond the known points; 300 per number of calls")
+    budget: int | None = _option(
+        None, "evaluations beyond the known points; 300 per number of calls"
+    )
     samples: int | None = _option(None, "samples per evaluation")
     held_out: int | None = _option(None, "samples per bank of the selection and report splits")
     report_banks: int = _option(4, "noise banks of the report split; 2 or more give intervals")
     seed: int = _option(0, "the one seed of the search")
     data_seed: int = _option(0, "seed of the noise banks, the same for searches to be compared")
+    threads: int | None = _option(
+        None, "torch threads; 1 for the bundled problems, torch's own choice for a pipeline"
+    )
     quantum: int = _option(8, "children proposed and evaluated together")
     lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
 
@@ -82,6 +93,8 @@ class SolverScheduleOptions:
                 raise ConfigError(f"{name} {value}; allowed: 16 or more")
         if not 0 <= self.data_seed < 2**40:
             raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads {self.threads}; allowed: 1 to 1024")
         if self.preset == "paper":
             raise ConfigError(
                 "preset 'paper' is the predictor-guided search of the paper and comes with the "
@@ -91,7 +104,8 @@ class SolverScheduleOptions:
 
     def _check_problem(self) -> None:
         if self.pipeline is None:
-            for name in ("prompts", "size", "dtype", "guidance", "metric"):
+            only = ("prompts", "size", "dtype", "guidance", "metric", "n_noise", "num_frames")
+            for name in only:
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is for --pipeline; the problem is {self.problem!r}")
         elif self.objective != "rmse":
@@ -124,13 +138,14 @@ class _Room:
     evaluator: Any
     known: Seeds
     screened: bool
-    validity: dict[str, Any] = field(default_factory=dict)
+    kept: int = 24  # best known points per number of calls that go on to the search
 
 
 def build(options: SolverScheduleOptions) -> SearchConfig:
     """The configuration of a run; loads the model."""
     from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
 
+    _set_threads(options)
     low, high = options.calls
     groups = tuple(range(low, high + 1))
     room = _pipeline_room(options) if options.pipeline else _bundled_room(options)
@@ -157,7 +172,7 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
             _algorithm(options, groups),
             Budget(budget),
             seeds=None if room.screened else room.known,
-            adopt=AdoptBest(24, per="nfe", kinds=kinds) if room.screened else None,
+            adopt=AdoptBest(room.kept, per="nfe", kinds=kinds) if room.screened else None,
         )
     )
     return SearchConfig(
@@ -173,6 +188,16 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
         recipe="solver_schedule",
         options=asdict(options),
     )
+
+
+def _set_threads(options: SolverScheduleOptions) -> None:
+    """A fixed number of threads: sums are split by it, and small models gain nothing from more."""
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif options.pipeline is None:
+        torch.set_num_threads(1)
 
 
 def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> AlgorithmSpec:
@@ -220,20 +245,19 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
             samples, held_out = (500, options.samples or 2000), options.held_out or 4000
         else:
             samples, held_out = (64, options.samples or 256), options.held_out or 2000
-    if samples[0] >= samples[1]:
-        samples = samples[1:]
+    counts: tuple[int, ...] = samples if samples[0] < samples[1] else samples[1:]
     space = SolverScheduleSpace(problem.noise, within)
     evaluator = SamplingEvaluator(
         space,
         problem,
         objective=options.objective,
         distance=distance,
-        samples=samples,
+        samples=counts,
         held_out=held_out,
         seed=options.data_seed,
     )
     known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
-    return _Room(space, evaluator, known, screened=len(samples) > 1)
+    return _Room(space, evaluator, known, screened=len(counts) > 1)
 
 
 def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:
@@ -248,8 +272,9 @@ def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture
         plain = fixed_family(space.noise, nfe, family=family)
         schedules += plain.values()
         origin += [f"baseline:{name}" for name in plain]
-        for first in space.within.first:
-            if first == "model":
+        firsts: tuple[Literal["zero", "mean"], ...] = ("zero", "mean")
+        for first in firsts:
+            if first not in space.within.first:
                 continue
             analytic = analytic_first_family(
                 space.noise, nfe, family=family, first_evaluation=first
@@ -260,7 +285,36 @@ def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture
 
 
 def _pipeline_room(options: SolverScheduleOptions) -> _Room:
-    raise ConfigError("--pipeline is not available yet")
+    from searchlab.evaluators.pipeline_options import PipelineOptions
+    from searchlab.experiments.solver_schedule_pipeline import pipeline_room
+
+    assert options.pipeline is not None
+    space, evaluator, known, _ = pipeline_room(
+        PipelineOptions(
+            options.pipeline,
+            prompts=options.prompts,
+            size=options.size,
+            dtype=options.dtype or "fp32",
+            device=options.device,
+            reference_steps=options.reference_steps or 50,
+            guidance_scale=options.guidance,
+            metric=options.metric,
+            metric_direction=options.metric_direction,
+            num_frames=options.num_frames,
+            n_noise=options.n_noise,
+            seed=options.data_seed,
+            path=options.path,
+        ),
+        options.calls,
+    )
+    return _Room(space, evaluator, known, screened=len(evaluator.fidelities) > 1, kept=8)
+
+
+def export(config: SearchConfig, result: Result, directory: Path, form: str) -> list[Path]:
+    """Writes the winners, see `solver_schedule_export`."""
+    from searchlab.experiments.solver_schedule_export import export as write
+
+    return write(config, result, directory, form)
 
 
 def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
@@ -276,4 +330,5 @@ RECIPE = Recipe(
     SolverScheduleOptions,
     build,
     sections=sections,
+    export=export,
 )

@@ -1,3 +1,101 @@
 """searchlab: gradient-free search over what can change in a trained model after training."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from searchlab.algorithms import Evolution, Listed, ParentRule, Random, Seeds, UniformVariation
+    from searchlab.budget import LinearBudget
+    from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
+    from searchlab.errors import SearchlabError, SearchlabWarning
+    from searchlab.evaluator import Evaluator, Fidelity, FunctionEvaluator, Objective, evaluator
+    from searchlab.population import Evaluations, Jobs, Population
+    from searchlab.result import Result
+    from searchlab.search import run, search, verify
+    from searchlab.space import Space, space_from_json
+    from searchlab.study import Database, MemoryRun
+    from searchlab.variables import ActiveBelow, ActiveIf, Choice, Integer, Ordered, Real
+
 __version__ = "0.1.0"
+
+# Names are imported when they are used: nothing heavy is loaded before.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "searchlab.algorithms": (
+        "Evolution",
+        "Listed",
+        "ParentRule",
+        "Random",
+        "Seeds",
+        "UniformVariation",
+    ),
+    "searchlab.budget": ("LinearBudget",),
+    "searchlab.config": ("AdoptBest", "AlgorithmSpec", "Budget", "Final", "SearchConfig", "Stage"),
+    "searchlab.errors": ("SearchlabError", "SearchlabWarning"),
+    "searchlab.evaluator": ("Evaluator", "Fidelity", "FunctionEvaluator", "Objective", "evaluator"),
+    "searchlab.population": ("Evaluations", "Jobs", "Population"),
+    "searchlab.result": ("Result",),
+    "searchlab.search": ("run", "search", "verify"),
+    "searchlab.space": ("Space", "space_from_json"),
+    "searchlab.study": ("Database", "MemoryRun"),
+    "searchlab.variables": ("ActiveBelow", "ActiveIf", "Choice", "Integer", "Ordered", "Real"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "ActiveBelow",
+    "ActiveIf",
+    "AdoptBest",
+    "AlgorithmSpec",
+    "Budget",
+    "Choice",
+    "Database",
+    "Evaluations",
+    "Evaluator",
+    "Evolution",
+    "Fidelity",
+    "Final",
+    "FunctionEvaluator",
+    "Integer",
+    "Jobs",
+    "LinearBudget",
+    "Listed",
+    "MemoryRun",
+    "Objective",
+    "Ordered",
+    "ParentRule",
+    "Population",
+    "Random",
+    "Real",
+    "Result",
+    "SearchConfig",
+    "SearchlabError",
+    "SearchlabWarning",
+    "Seeds",
+    "Space",
+    "Stage",
+    "UniformVariation",
+    "__version__",
+    "evaluator",
+    "run",
+    "search",
+    "space_from_json",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'searchlab' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    # Two functions share their module's name; those modules are callable, so that it does not
+    # matter which of the two the package shows.
+    value = module if home == f"searchlab.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

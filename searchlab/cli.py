@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from searchlab import __version__
 from searchlab.errors import (
@@ -36,6 +36,13 @@ class _Started(Exception):
         super().__init__(str(error))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code.
 
@@ -58,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), EXIT_FAILURE)
     except BrokenPipeError:
         return EXIT_OK
+    except OSError as error:
+        where = f"{str(error.filename)!r}: " if error.filename is not None else ""
+        return _say(f"{where}{error.strerror or error}", EXIT_FAILURE)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
 
@@ -67,8 +77,8 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="searchlab",
         description="Gradient-free search over what can change in a trained model after training.",
         epilog="RUN is a run's name or its folder. `searchlab run NAME --help` lists the options "
@@ -111,10 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 # -- run and resume -----------------------------------------------------------------------------
 
 
-def _recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
+def _recipe_parser(recipe: Recipe) -> _Parser:
     from searchlab.recipes import flags_of
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"searchlab run {recipe.name}", description=recipe.summary, allow_abbrev=False
     )
     general = parser.add_argument_group("the run")
@@ -132,8 +142,9 @@ def _recipe_parser(recipe: Recipe) -> argparse.ArgumentParser:
         shown = text.replace("%", "%%") + ("" if default is None else f" ({default})")
         option = f"--{name.replace('_', '-')}"
         if flag:
-            own.add_argument(option, dest=name, default=None, help=shown,
-                             action=argparse.BooleanOptionalAction)
+            own.add_argument(
+                option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
+            )
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
     return parser
@@ -160,14 +171,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if getattr(given, name) is not None:
             values[name] = getattr(given, name)
     chosen = options_from(recipe, values)
-    name = given.name or (Path(given.out).name if given.out else recipe.name)
+    name = given.name or (Path(given.out).resolve().name if given.out else recipe.name)
     if not name or "/" in name:
         raise ConfigError(f"name {name!r}; allowed: a word without slashes")
     out = Path(given.out) if given.out else Path("runs") / name
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; allowed: a folder")
-    from searchlab.runs import DEFAULT_DATABASE
+    from searchlab.runs import DEFAULT_DATABASE, check_folder
 
+    check_folder(out)
     database = given.database or DEFAULT_DATABASE
     if given.dry_run:
         return _dry_run(recipe, chosen, name, out, database)
@@ -182,6 +192,7 @@ def _execute(
 
     config = recipe.build(chosen)
     line = ProgressLine(unit=config.group_by or "")
+    opened: list[bool] = []
     try:
         result = run_recipe(
             recipe,
@@ -191,6 +202,7 @@ def _execute(
             database=database,
             callbacks=() if quiet else (line,),
             config=config,
+            opened=lambda: opened.append(True),
         )
         line.done()
         print(result.table())
@@ -200,10 +212,9 @@ def _execute(
             print(result.verdict())
             return EXIT_INTERRUPTED
         paths = write_artefacts(recipe, config, result, out)
-    except RunInUseError:
-        raise
     except SearchlabError as error:
-        if getattr(error, "before_run", False) or isinstance(error, ConfigError):
+        line.done()
+        if not opened:
             raise
         raise _Started(error) from error
     print("written: " + ", ".join(str(path) for path in paths))
@@ -216,7 +227,9 @@ def _counts_line(result: Result) -> str:
     seconds = result.meta.get("seconds")
     stop = result.meta.get("stop_reason")
     tail = f"; {seconds:.0f} s" if seconds else ""
-    return f"\n{counts}; seed {result.meta['seed']}{tail}" + (f"; stopped by {stop}" if stop else "")
+    return f"\n{counts}; seed {result.meta['seed']}{tail}" + (
+        f"; stopped by {stop}" if stop else ""
+    )
 
 
 def _dry_run(recipe: Recipe, chosen: Any, name: str, out: Path, database: str) -> int:
@@ -235,9 +248,7 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     address = find_run(options.run, options.database)
     changes = {} if options.budget is None else {"budget": options.budget}
     opened = open_config(address, changes=changes)
-    return _execute(
-        opened.recipe, opened.options, address.name, address.out, address.database
-    )
+    return _execute(opened.recipe, opened.options, address.name, address.out, address.database)
 
 
 # -- looking at runs ----------------------------------------------------------------------------

@@ -39,6 +39,9 @@ ALGORITHMS: dict[str, str] = {
 }
 
 
+MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
+
+
 def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
     """Imports what a registry's "module:attribute" string names.
 
@@ -82,8 +85,11 @@ class Budget:
     includes_hits: bool = False
 
     def __post_init__(self) -> None:
-        if self.evaluations is not None and self.evaluations < 0:
-            raise ConfigError(f"budget of {self.evaluations} evaluations; allowed: 0 or more")
+        number = self.evaluations
+        if number is not None and (
+            isinstance(number, bool) or not isinstance(number, int) or number < 0
+        ):
+            raise ConfigError(f"budget of {number!r} evaluations; allowed: 0 or more")
         if self.seconds is not None and self.seconds <= 0:
             raise ConfigError(f"budget of {self.seconds} seconds; allowed: more than 0")
 
@@ -172,7 +178,9 @@ class Stage:
     def fidelity_index(self) -> int:
         n = len(self.evaluator.fidelities)
         if not -n <= self.fidelity < n:
-            raise ConfigError(f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}")
+            raise ConfigError(
+                f"fidelity {self.fidelity} of stage {self.name!r}; allowed: 0..{n - 1}"
+            )
         return self.fidelity % n
 
 
@@ -183,6 +191,18 @@ def stage_digest(stage: Stage) -> str:
     """
     text = f"{identity_digest(stage.evaluator)} {stage.space.fingerprint}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _seeds_digest(stage: Stage) -> str:
+    """Which candidates a stage is given, and what they are called."""
+    if stage.seeds is None:
+        return ""
+    digest = blake2b(digest_size=16)
+    for key, origin in zip(
+        stage.space.keys(stage.seeds.population), stage.seeds.origin, strict=True
+    ):
+        digest.update(key + origin.encode("utf-8", "backslashreplace") + b"\0")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -212,6 +232,11 @@ class Final:
     def __post_init__(self) -> None:
         if min(self.k, self.selection, self.report, self.baselines) < 1:
             raise ConfigError("final: k, selection, report and baselines are 1 or more")
+        if max(self.selection, self.report) > MAX_REPLICATES:
+            raise ConfigError(
+                f"final: {self.selection} selection and {self.report} report replicates; "
+                f"allowed: at most {MAX_REPLICATES} each"
+            )
         if not 0 < self.alpha < 1:
             raise ConfigError(f"final: alpha {self.alpha}; allowed: between 0 and 1")
 
@@ -273,6 +298,8 @@ class SearchConfig:
                         stage.space, seed=self.seed, first_id=0, seeds=None
                     ).settings(),
                     "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
+                    "evaluator": stage_digest(stage),
+                    "seeds": _seeds_digest(stage),
                 }
                 for stage in self.stages
             ],

@@ -15,14 +15,29 @@ from searchlab import __version__
 
 __all__ = ["report_lines"]
 
-PACKAGES = ("numpy", "scipy", "torch", "optuna", "pymoo", "scikit-learn", "ray", "pandas",
-            "SQLAlchemy", "safetensors", "matplotlib", "diffusers", "transformers")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "torch",
+    "optuna",
+    "pymoo",
+    "scikit-learn",
+    "ray",
+    "pandas",
+    "SQLAlchemy",
+    "safetensors",
+    "matplotlib",
+    "diffusers",
+    "transformers",
+)
 
 
 def report_lines(database: str | None = None) -> list[str]:
     """One line per finding; never raises."""
-    lines = [f"searchlab {__version__}, Python {platform.python_version()}, {platform.machine()}, "
-             f"{os.cpu_count()} cores"]
+    lines = [
+        f"searchlab {__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{os.cpu_count()} cores"
+    ]
     found, missing = [], []
     for package in PACKAGES:
         try:
@@ -31,12 +46,17 @@ def report_lines(database: str | None = None) -> list[str]:
             missing.append(package)
     lines.append("packages: " + ", ".join(found))
     if missing:
-        lines.append("not installed: " + ", ".join(missing)
-                     + ' (diffusers and transformers come with "searchlab[diffusers]")')
+        lines.append(
+            "not installed: "
+            + ", ".join(missing)
+            + ' (diffusers and transformers come with "searchlab[diffusers]")'
+        )
     lines.append(_devices())
     nvcc = shutil.which("nvcc")
-    lines.append(f"CUDA compiler: {'nvcc on the path' if nvcc else 'none'}; this version has no "
-                 "fused kernels yet, all evaluation goes through torch")
+    lines.append(
+        f"CUDA compiler: {'nvcc on the path' if nvcc else 'none'}; this version has no "
+        "fused kernels yet, all evaluation goes through torch"
+    )
     lines.append(_zoo())
     lines.append(_database(database))
     return lines
@@ -78,5 +98,7 @@ def _database(database: str | None) -> str:
         base.close()
     except SearchlabError as error:
         return f"database: {error}"
-    return (f"database: {where}, {len(runs)} runs, opened in "
-            f"{(time.perf_counter() - start) * 1e3:.0f} ms")
+    return (
+        f"database: {where}, {len(runs)} runs, opened in "
+        f"{(time.perf_counter() - start) * 1e3:.0f} ms"
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, Protocol, runtime_checkable
+from types import ModuleType
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +22,7 @@ __all__ = [
     "REPORT_REPLICATE",
     "SELECTION_REPLICATE",
     "Evaluator",
+    "EvaluatorFunction",
     "Fidelity",
     "FunctionEvaluator",
     "Objective",
@@ -34,6 +38,9 @@ SELECTION_REPLICATE = 2**19
 REPORT_REPLICATE = 2**20
 
 Reproducibility = Literal["exact", "batch", "noisy"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,7 @@ class FunctionEvaluator:
         space: how candidates are decoded.
         version: raised by hand when the function's values change. Without one the function has no
             identity beyond its run, so no value is shared with other runs.
+        private: the run's name, which stands in for a missing version (`search` fills it in).
     """
 
     function: Callable[..., Any]
@@ -202,6 +210,8 @@ class FunctionEvaluator:
     def _shaped(self, answer: Any, n: int) -> Evaluations:
         if isinstance(answer, Evaluations):
             return answer
+        if answer is None or (isinstance(answer, list) and any(part is None for part in answer)):
+            raise EvaluationError("the function returned None; allowed: numbers")
         try:
             values = np.asarray(answer, dtype=np.float64)
         except (TypeError, ValueError):
@@ -222,6 +232,40 @@ class FunctionEvaluator:
         return out
 
 
+@dataclass(eq=False)
+class EvaluatorFunction(Generic[P, R]):
+    """A function with what an evaluator needs to know of it; calling it calls the function.
+
+    Made by the decorator `evaluator`; `build` makes the evaluator of a space.
+    """
+
+    function: Callable[P, R]
+    objectives: tuple[Objective, ...]
+    fidelities: tuple[Fidelity, ...]
+    reproducibility: Reproducibility
+    columns: bool
+    version: int | None
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    def build(self, space: Space) -> FunctionEvaluator:
+        """The function as an evaluator of candidates of this space."""
+        return FunctionEvaluator(
+            self.function,
+            space,
+            objectives=self.objectives,
+            fidelities=self.fidelities,
+            reproducibility=self.reproducibility,
+            batch=not self.columns,
+            columns=self.columns,
+            version=self.version,
+        )
+
+
 def evaluator(
     *,
     objectives: Mapping[str, Literal["min", "max"]] | None = None,
@@ -229,37 +273,43 @@ def evaluator(
     reproducibility: Reproducibility = "exact",
     columns: bool = False,
     version: int | None = None,
-) -> Callable[[Callable[..., Any]], Callable[[Space], FunctionEvaluator]]:
+) -> Callable[[Callable[P, R]], EvaluatorFunction[P, R]]:
     """Decorates a population function: `f(plans, fidelity, seed)` -> one value per plan.
 
     Args:
         objectives: name -> "min" or "max"; {"value": "min"} by default.
         fidelities: name -> relative cost, ascending; the last is the truth.
         reproducibility: "exact", "batch" or "noisy", see `Evaluator`.
-        columns: hand over arrays by name instead of a list of dicts.
+        columns: hand over arrays by name (codes of choices) instead of a list of dicts.
         version: raised by hand when values change; needed to share values between runs.
+
+    Raises:
+        ConfigError: an unknown direction or reproducibility, no objective or no fidelity.
     """
+    if reproducibility not in ("exact", "batch", "noisy"):
+        raise ConfigError(f"reproducibility {reproducibility!r}; allowed: exact, batch, noisy")
+    named = {"value": "min"} if objectives is None else dict(objectives)
+    costs = {"full": 1.0} if fidelities is None else dict(fidelities)
+    if not named or not costs:
+        raise ConfigError("an evaluator without objectives or fidelities; allowed: one or more")
 
-    def decorate(function: Callable[..., Any]) -> Callable[[Space], FunctionEvaluator]:
-        def build(space: Space) -> FunctionEvaluator:
-            return FunctionEvaluator(
-                function,
-                space,
-                objectives=tuple(
-                    Objective(name, direction)
-                    for name, direction in (objectives or {"value": "min"}).items()
-                ),
-                fidelities=tuple(
-                    Fidelity(name, cost) for name, cost in (fidelities or {"full": 1.0}).items()
-                ),
-                reproducibility=reproducibility,
-                batch=not columns,
-                columns=columns,
-                version=version,
-            )
-
-        build.__doc__ = function.__doc__
-        build.builds_evaluator = True  # type: ignore[attr-defined]
-        return build
+    def decorate(function: Callable[P, R]) -> EvaluatorFunction[P, R]:
+        return EvaluatorFunction(
+            function,
+            tuple(Objective(name, direction) for name, direction in named.items()),  # type: ignore[arg-type]
+            tuple(Fidelity(name, float(cost)) for name, cost in costs.items()),
+            reproducibility,
+            columns,
+            version,
+        )
 
     return decorate
+
+
+class _CallableModule(ModuleType):
+    """Lets `searchlab.evaluator(...)` be the decorator although this module bears its name."""
+
+    __call__ = staticmethod(evaluator)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -76,7 +76,7 @@ class Contender:
 
     @property
     def kind(self) -> str:
-        """"searched", or the kind of baseline: the part of the origin before the colon."""
+        """ "searched", or the kind of baseline: the part of the origin before the colon."""
         return self.origin.split(":")[0] if self.origin.startswith("baseline") else "searched"
 
     @property
@@ -194,9 +194,7 @@ def best_of(parts: Sequence[Contender], sign: float) -> Contender | None:
     return min(scored, key=lambda c: (sign * c.selection, sign * c.search, c.id), default=None)
 
 
-def paired(
-    winner: Contender, baseline: Contender, alpha: float, sign: float
-) -> dict[str, Any]:
+def paired(winner: Contender, baseline: Contender, alpha: float, sign: float) -> dict[str, Any]:
     """Gain of the winner over a baseline on the same report replicates (common random numbers).
 
     Returns:

@@ -10,26 +10,27 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_records import Known, is_baseline, of_answer
 from searchlab.algorithms.base import Algorithm, Told
-from searchlab.config import Answers, Stage, stage_digest
+from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
 from searchlab.executors.base import Chunk, Done, Executor
-from searchlab.population import OK, Evaluations, Jobs
+from searchlab.population import INFEASIBLE, OK, Evaluations, Jobs
 
 if TYPE_CHECKING:
-    from searchlab.records import Records
+    from searchlab.records import Answer
     from searchlab.study import Store
 
-__all__ = ["Callback", "Progress", "StageRun", "stage_answers"]
+__all__ = ["Callback", "Progress", "StageRun"]
 
 HOPELESS = 20  # a stage whose first jobs all failed is stopped after this many
-MAX_EMPTY_GROUPS = 16  # consecutive groups without a new candidate: the space is taken as exhausted
+MAX_EMPTY_IDS = 256  # consecutive void ids (whole groups): the space is taken as exhausted
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback hears after every recorded batch."""
+    """What a callback hears after every recorded batch; `best` is in the user's sign."""
 
     stage: str
     issued: int
@@ -60,6 +61,9 @@ class _Group:
     violation: NDArray[np.float64]
     done: NDArray[np.bool_]
     told: int = 0  # rows told so far
+    entered: int = 0  # rows answered or submitted so far, in order
+    voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
+    answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
 
 
 @dataclass
@@ -69,7 +73,8 @@ class StageRun:
     Group g of q jobs is proposed by the state that was told exactly the jobs with
     id < first + g * q + q - lag: proposals depend on the seed, the lag and the recorded values,
     never on timing. Records that exist already are answers like any other, so that resuming a run
-    and starting one are the same code.
+    and starting one are the same code. A group is always asked for as a whole; a budget that ends
+    within it only leaves its last ids unevaluated, so that a larger budget goes on from there.
 
     Attributes:
         stage: what to run.
@@ -105,16 +110,24 @@ class StageRun:
     def __post_init__(self) -> None:
         self._q = self.algorithm.quantum
         self._groups: deque[_Group] = deque()
+        self._partial: _Group | None = None  # the newest group while the budget holds it back
         self._by_id: dict[int, tuple[_Group, int]] = {}
+        # Where repeats are jobs of their own: keys of open jobs with the ids that wait for them,
+        # and what became of those that failed.
+        self._repeats = self.algorithm.repeats == "allow"
         self._waiting: dict[bytes, list[int]] = {}
+        self._broken: dict[bytes, tuple[int, str]] = {}
+        self._own_keys: set[bytes] = set()
         self._next_id = self.first_id
-        self._told_bound = self.first_id
         self._open = 0
-        self._empty_groups = 0
+        self._open_paid = 0
+        self._empty_ids = 0
         self._fidelity = self.stage.fidelity_index
         self._digest = stage_digest(self.stage)
+        self._exact = self.stage.evaluator.reproducibility == "exact"
         self._started = time.monotonic()
         self.paid = self.hits = self.finished = self.failed = 0
+        self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
 
@@ -140,181 +153,241 @@ class StageRun:
             self.store.commit()
         return self._next_id
 
-    def _load(self) -> _Known:
+    def _load(self) -> Known:
         records = self.store.records()
-        records = records.take(np.flatnonzero(records.stage == self.index))
-        known = _Known(records, self.stage)
+        # What this and later stages have recorded came after the jobs that are missing here: it
+        # must not make them free, or the budget would reach further than it did at first.
+        later = np.flatnonzero(records.stage >= self.index)
+        self._own_keys = {key for i in later.tolist() if (key := records.keys[i])}
+        known = Known(records.take(np.flatnonzero(records.stage == self.index)), self.stage)
         self.algorithm.issue(known.jobs.ids, known.jobs.keys)
+        if self._repeats:
+            for at in np.flatnonzero((known.state != OK) & ~known.cached).tolist():
+                self._broken[known.jobs.keys[at]] = int(known.state[at]), known.reason[at]
+        if self.recompute:
+            self._compare_keys(known)
         return known
 
-    def _fill(self, known: _Known) -> None:
+    def _fill(self, known: Known) -> None:
         """Asks and submits while the lag rule, the executor and the budget allow."""
         while not self.stop_reason:
+            if self._partial is not None:
+                if not self._enter(self._partial, known):
+                    return
+                continue
             start, q = self._next_id, self._q
             need = start + q - self.lag
             if not self._answered_below(need):
                 return
-            if not self.recompute and (self._next_id + q - 1) < known.complete_until(q, start):
-                self._take_known(known)
+            if not self.recompute and start < (end := known.complete_until(q, start)):
+                self._take_known(known, end)
                 continue
             if self.executor is not None and not self.executor.has_room():
                 return
-            n = self._room(q)
-            if n == 0:
+            if not self._may_ask(q):
                 return
             self._tell_below(need)
-            jobs = self.algorithm.ask(start, n)
             jobs = replace(
-                jobs,
+                self.algorithm.ask(start, q),
                 fidelity=self._fidelity,
                 replicate=self.replicate,
                 stage=self.index,
                 told_at_ask=max(0, need - self.first_id),
             )
-            if self.recompute and not self._compare(jobs, known, start, n):
-                return
-            self._empty_groups = 0 if len(jobs) else self._empty_groups + 1
-            if self._exhausted(start):
+            if self.recompute:
+                if self._compare(jobs, known, start, q):
+                    self._take_known(known, start + q)
+                continue
+            if not len(jobs) and self._exhausted(start, q):
                 self.stop_reason = "exhausted"
                 return
-            self._enter(jobs, start, start + n, known)
+            self._open_group(jobs, start, known)
 
-    def _exhausted(self, start: int) -> bool:
-        if not self._empty_groups:
-            return False
-        only_seeds = self.algorithm.name == "listed"
-        if only_seeds:
+    def _exhausted(self, start: int, q: int) -> bool:
+        if self.algorithm.name == "listed":
             return start - self.first_id >= len(self.algorithm.seeds.population)
-        return self._empty_groups >= MAX_EMPTY_GROUPS
+        return self._empty_ids + q >= MAX_EMPTY_IDS
 
-    def _room(self, q: int) -> int:
-        """How many jobs of the next group the budget allows."""
-        budget = self.stage.budget
-        if budget.seconds is not None and time.monotonic() - self._started > budget.seconds:
+    # -- the budget -------------------------------------------------------------------------
+
+    def _may_ask(self, q: int) -> bool:
+        """Whether the budget has room for any job of the next group."""
+        seconds = self.stage.budget.seconds
+        if seconds is not None and time.monotonic() - self._started > seconds:
             self.stop_reason = "time is up"
-            return 0
+            return False
+        if self._left() > 0 or self._baselines_in(self._next_id, q):
+            return True
+        if not self._open:
+            self.stop_reason = "budget"
+        return False
+
+    def _left(self) -> float:
+        """Evaluations that the budget has left; jobs in flight are spent.
+
+        Baselines are apart. A repeat that the algorithm insists on counts; what other runs paid for
+        does not, unless the budget says so.
+        """
+        budget = self.stage.budget
         if budget.evaluations is None:
-            return q
-        # Jobs in flight will be paid; seeds that are baselines are not part of the budget.
-        used = self.paid + self._in_flight + (self.hits if budget.includes_hits else 0)
-        baselines = self._baselines_in(self._next_id, q)
-        room = min(q, budget.evaluations - used + baselines)
-        if room <= 0:
-            if not self._open:
-                self.stop_reason = "budget"
-            return 0
-        return room
-
-    @property
-    def _in_flight(self) -> int:
-        return self._open_paid
-
-    _open_paid = 0
+            return np.inf
+        hits = self._free_hits if budget.includes_hits else 0
+        return budget.evaluations - self.paid - self._open_paid - self.repeated - hits
 
     def _baselines_in(self, first_id: int, n: int) -> int:
         start = first_id - self.first_id
         origins = self.algorithm.seeds.origin[start : start + n]
         return sum(origin.startswith("baseline") for origin in origins)
 
-    def _enter(self, jobs: Jobs, first_id: int, end_id: int, known: _Known) -> None:
+    # -- groups -----------------------------------------------------------------------------
+
+    def _open_group(self, jobs: Jobs, first_id: int, known: Known) -> None:
+        n, end_id = len(jobs), first_id + self._q
+        void = np.setdiff1d(np.arange(first_id, end_id), jobs.ids).tolist()
         group = _Group(
             jobs,
             first_id,
             end_id,
-            np.full((len(jobs), self._m), np.inf),
-            np.zeros(len(jobs)),
-            np.zeros(len(jobs), dtype=bool),
+            np.full((n, self._m), np.inf),
+            np.zeros(n),
+            np.zeros(n, dtype=bool),
+            voids=deque(i for i in void if i not in known.void_set),
+            answers=self._paid_elsewhere(jobs, known),
         )
+        self._empty_ids = 0 if n else self._empty_ids + self._q
         self._groups.append(group)
         self._next_id = end_id
-        void = np.setdiff1d(np.arange(first_id, end_id), jobs.ids)
-        void = void[~np.isin(void, known.void_ids)]
-        if len(void) and not self.recompute:
-            self.store.record_void(void, self.index, max(0, first_id + self._q - self.lag))
-        if not len(jobs):
-            return
-        open_rows = self._answer_from_records(group, known)
-        if self.recompute:
-            if open_rows:
-                self.stop_reason = "end of records"
-            return
-        if open_rows:
-            open_rows = self._answer_from_cache(group, open_rows)
-        if open_rows:
-            self._submit(group, open_rows)
+        self._enter(group, known)
 
-    def _answer_from_records(self, group: _Group, known: _Known) -> list[int]:
-        missing = []
-        for row, i in enumerate(group.jobs.ids.tolist()):
-            at = known.row_of.get(i)
-            if at is None:
-                missing.append(row)
-                continue
-            if known.jobs.keys[at] != group.jobs.keys[row]:
-                raise StudyError(
-                    f"record {i} of stage {self.stage.name!r} holds another candidate than this "
-                    "version proposes; run `searchlab verify` or start under a new name"
-                )
-            group.losses[row] = known.losses[at]
-            group.violation[row] = known.violation[at]
-            group.done[row] = True
-            self._count(group, row, bool(known.cached[at]), bool(known.failed[at]))
-        return missing
+    def _paid_elsewhere(self, jobs: Jobs, known: Known) -> dict[bytes, Answer]:
+        """Values that other stages, and other runs where that is wanted, have paid for.
 
-    def _answer_from_cache(self, group: _Group, rows: list[int]) -> list[int]:
-        """Answers of equal jobs: of this run always, of other runs where values are exact."""
-        exact = self.stage.evaluator.reproducibility == "exact"
-        shared = exact and self.other_runs
-        repeats = self.algorithm.repeats == "allow"
-        if not (shared or repeats):
-            return rows
-        keys = [group.jobs.keys[row] for row in rows]
-        answers = self.store.lookup(
+        Those of evaluators that are not exact belong to their chunk and answer nothing else.
+        """
+        if not self._exact:
+            return {}
+        rows = zip(jobs.ids.tolist(), jobs.keys, strict=True)
+        keys = [
+            key
+            for i, key in rows
+            if not (i in known.row_of or key in self._own_keys or self._is_repeat(key, i))
+        ]
+        return self._lookup(keys, other_runs=self.other_runs, stage=None) if keys else {}
+
+    def _lookup(
+        self, keys: list[bytes], *, other_runs: bool, stage: int | None
+    ) -> dict[bytes, Answer]:
+        return self.store.lookup(
             keys,
             evaluator=self._digest,
             fidelity=self._fidelity,
             replicate=self.replicate,
-            other_runs=shared,
+            other_runs=other_runs,
+            stage=stage,
         )
-        if not answers:
-            return rows
-        hit = [row for row, key in zip(rows, keys, strict=True) if key in answers]
-        if not exact and len(hit) < len(rows):
-            return rows  # a chunk is answered whole or not at all
-        found = [answers[group.jobs.keys[row]] for row in hit]
-        evaluations = Evaluations(
-            values=np.array([answer.values for answer in found]),
-            std_error=_stacked([answer.std_error for answer in found]),
-            constraints=np.array([answer.constraints for answer in found]),
-            signals=np.array([answer.signals for answer in found]),
-            cost_s=np.array([answer.cost_s for answer in found]),
-        )
-        self._record(group, hit, evaluations, cached=True)
-        rest = set(rows) - set(hit)
-        return sorted(rest)
 
-    def _submit(self, group: _Group, rows: list[int]) -> None:
+    def _enter(self, group: _Group, known: Known) -> bool:
+        """Answers or submits the rows of the newest group, in order, as far as the budget goes.
+
+        Returns:
+            Whether that was the whole group.
+        """
+        jobs, fresh = group.jobs, []
+        while group.entered < len(jobs):
+            row = group.entered
+            i, key = int(jobs.ids[row]), jobs.keys[row]
+            self._record_voids(group, i)
+            repeat = self._is_repeat(key, i)
+            if not self._answer_from_records(group, row, known):
+                free = key in group.answers and not repeat
+                if free and not self.stage.budget.includes_hits:
+                    self._record(group, [row], of_answer(group.answers[key]), cached=True)
+                elif self._left() <= 0 and not is_baseline(jobs, row):
+                    break
+                elif free:
+                    self._record(group, [row], of_answer(group.answers[key]), cached=True)
+                elif repeat and key in self._waiting:
+                    self._waiting[key].append(i)  # one submission answers several ids
+                    self._by_id[i] = group, row
+                    self._open += 1
+                    self.repeated += not is_baseline(jobs, row)
+                elif repeat and (answer := self._own_answer(key)) is not None:
+                    self._record(group, [row], answer, cached=True)
+                else:
+                    fresh.append(row)
+                    self._by_id[i] = group, row
+                    self._open += 1
+                    self._open_paid += not is_baseline(jobs, row)
+                    if self._repeats:
+                        self._waiting[key] = []
+            group.entered += 1
+        if fresh:
+            self._submit(group, fresh)
+        whole = group.entered == len(jobs)
+        if whole:
+            self._record_voids(group, group.end_id)
+        elif not self._open:
+            self.stop_reason = "budget"
+        self._partial = None if whole else group
+        return whole
+
+    def _record_voids(self, group: _Group, before: int) -> None:
+        ids = []
+        while group.voids and group.voids[0] < before:
+            ids.append(group.voids.popleft())
+        if ids:
+            self.store.record_void(ids, self.index, group.jobs.told_at_ask)
+
+    def _answer_from_records(self, group: _Group, row: int, known: Known) -> bool:
+        i, key = int(group.jobs.ids[row]), group.jobs.keys[row]
+        at = known.row_of.get(i)
+        if at is None:
+            return False
+        if known.jobs.keys[at] != key:
+            raise StudyError(
+                f"record {i} of stage {self.stage.name!r} holds another candidate than this "
+                "version proposes; run `searchlab verify` or start under a new name"
+            )
+        group.losses[row] = known.losses[at]
+        group.violation[row] = known.violation[at]
+        group.done[row] = True
+        self._count(group, [row], known.cached[[at]], known.state[[at]])
+        return True
+
+    def _own_answer(self, key: bytes) -> Evaluations | None:
+        """What this stage found out about a candidate at an earlier id."""
+        if key in self._broken:
+            state, reason = self._broken[key]
+            answer = Evaluations.failed(1, self._m, reason)
+            answer.state = np.array([state], np.int8)
+            return answer
+        found = self._lookup([key], other_runs=False, stage=self.index)
+        return of_answer(found[key]) if key in found else None
+
+    def _submit(self, group: _Group, fresh: list[int]) -> None:
         assert self.executor is not None
-        exact = self.stage.evaluator.reproducibility == "exact"
-        fresh = []
-        for row in rows:
-            key, i = group.jobs.keys[row], int(group.jobs.ids[row])
-            self._by_id[i] = (group, row)
-            self._open += 1
-            if exact and key in self._waiting:
-                self._waiting[key].append(i)  # one submission answers several ids
-            else:
-                self._waiting.setdefault(key, [])
-                fresh.append(row)
-                self._open_paid += not _is_baseline(group.jobs, row)
         for start in range(0, len(group.jobs), self.chunk):
             block = [row for row in fresh if start <= row < start + self.chunk]
             if not block:
                 continue
-            if not exact:
-                block = list(range(start, min(start + self.chunk, len(group.jobs))))
-            rows_to = self.chunk if not exact else 0
-            self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows_to))
+            if not self._exact:
+                block = self._whole_block(group, start)
+            rows = 0 if self._exact else self.chunk
+            self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows))
+
+    def _whole_block(self, group: _Group, start: int) -> list[int]:
+        """All rows of a chunk whose values depend on their neighbours.
+
+        Rows that are recorded already, or that the budget leaves out, stand in it as neighbours
+        only: the values of the others must not depend on what was known or affordable.
+        """
+        rows = range(start, min(start + self.chunk, len(group.jobs)))
+        keys, ids = group.jobs.keys, group.jobs.ids.tolist()
+        return [row for row in rows if not self._is_repeat(keys[row], ids[row])]
+
+    def _is_repeat(self, key: bytes, i: int) -> bool:
+        """Whether this stage has an earlier job of the same candidate."""
+        return self._repeats and self.algorithm.issued_before(key, i)
 
     def _drain(self) -> None:
         assert self.executor is not None
@@ -323,6 +396,8 @@ class StageRun:
             self._finish(done)
         self.store.commit()
         if self.callbacks:
+            first = self.stage.evaluator.objectives[0]
+            sign = 1.0 if first.direction == "min" else -1.0
             progress = Progress(
                 self.stage.name,
                 self._next_id - self.first_id,
@@ -332,13 +407,12 @@ class StageRun:
                 self.failed,
                 self.stage.budget.evaluations,
                 time.monotonic() - self._started,
-                dict(self.best),
+                {group: sign * loss for group, loss in self.best.items()},
                 tuple(finished),
             )
             for callback in self.callbacks:
                 callback(progress)
         if self.finished >= HOPELESS and self.failed == self.finished:
-            self.store.commit()
             reason = next(
                 (r for done in finished for r in done.evaluations.reason or () if r), "no reason"
             )
@@ -349,23 +423,31 @@ class StageRun:
 
     def _finish(self, done: Done) -> None:
         jobs = done.chunk.jobs
-        group = self._by_id[int(jobs.ids[-1])][0]
-        rows, keep, also = [], [], []
+        rows, keep = [], []
         for position, i in enumerate(jobs.ids.tolist()):
             entry = self._by_id.pop(i, None)
             if entry is None:
-                continue  # answered before, or padding
-            rows.append(entry[1])
+                continue  # a neighbour of its chunk only
+            group, row = entry
+            rows.append(row)
             keep.append(position)
             self._open -= 1
-            self._open_paid -= not _is_baseline(group.jobs, entry[1])
-            also += [(j, position) for j in self._waiting.pop(jobs.keys[position], [])]
-        evaluations = done.evaluations.take(keep)
-        self._record(group, rows, evaluations, done=done)
-        for j, position in also:
-            other, row = self._by_id.pop(j)
-            self._open -= 1
-            self._record(other, [row], done.evaluations.take([position]), cached=True)
+            self._open_paid -= not is_baseline(group.jobs, row)
+        if not rows:
+            return
+        self._record(group, rows, done.evaluations.take(keep), done=done)
+        for position in keep if self._repeats else ():
+            key = jobs.keys[position]
+            answer = done.evaluations.take([position])
+            assert answer.state is not None
+            assert answer.reason is not None
+            if answer.state[0] != OK:
+                self._broken[key] = int(answer.state[0]), answer.reason[0]
+            for j in self._waiting.pop(key, []):
+                other, row = self._by_id.pop(j)
+                self._open -= 1
+                self.repeated -= not is_baseline(other.jobs, row)  # counted again as recorded
+                self._record(other, [row], answer, cached=True)
 
     def _record(
         self,
@@ -378,6 +460,7 @@ class StageRun:
     ) -> None:
         jobs = group.jobs.take(rows)
         now = time.time()
+        flags = np.full(len(rows), cached)
         self.store.record(
             jobs,
             evaluations,
@@ -387,29 +470,43 @@ class StageRun:
             finished=done.finished if done else now,
             worker=done.worker if done else "cache",
             attempts=done.attempts if done else 0,
-            cached=np.full(len(rows), cached),
+            cached=flags,
         )
-        loss = losses(evaluations, self.stage.evaluator.objectives)
+        group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
+        group.done[rows] = True
         assert evaluations.state is not None
-        for at, row in enumerate(rows):
-            group.losses[row] = loss[at]
-            group.done[row] = True
-            self._count(group, row, cached, bool(evaluations.state[at] != OK))
+        self._count(group, rows, flags, evaluations.state)
 
-    def _count(self, group: _Group, row: int, cached: bool, failed: bool) -> None:
-        self.finished += 1
-        self.failed += failed
-        if cached:
-            self.hits += 1
-        elif not _is_baseline(group.jobs, row):
-            self.paid += 1
-        if not failed:
-            place = 0
-            if self.group_by is not None:
-                single = group.jobs.population.take([row])
-                place = round(float(self.stage.space.cost(single)[self.group_by][0]))
-            value = float(group.losses[row, 0])
-            self.best[place] = min(value, self.best.get(place, np.inf))
+    def _count(
+        self,
+        group: _Group,
+        rows: list[int],
+        cached: NDArray[np.bool_],
+        state: NDArray[np.int8],
+    ) -> None:
+        """Adds rows that are answered, in id order where repeats are jobs."""
+        jobs = group.jobs
+        self.finished += len(rows)
+        self.failed += int((state != OK).sum())
+        self.hits += int(cached.sum())
+        for at, row in enumerate(rows):
+            if is_baseline(jobs, row):
+                continue
+            if not cached[at]:
+                self.paid += bool(state[at] != INFEASIBLE)
+            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+                self.repeated += 1
+            else:
+                self._free_hits += 1
+        good = [row for row, what in zip(rows, state.tolist(), strict=True) if what == OK]
+        if not good:
+            return
+        places = [0] * len(good)
+        if self.group_by is not None:
+            costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
+            places = np.rint(costs).astype(np.int64).tolist()
+        for place, loss in zip(places, group.losses[good, 0].tolist(), strict=True):
+            self.best[place] = min(loss, self.best.get(place, np.inf))
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -441,13 +538,13 @@ class StageRun:
                 return
             self._groups.popleft()
 
-    def _take_known(self, known: _Known) -> None:
+    def _take_known(self, known: Known, end: int) -> None:
         """Enters whole groups that records answer, without asking for them again."""
-        end = known.complete_until(self._q, self._next_id)
-        rows = np.flatnonzero((known.jobs.ids >= self._next_id) & (known.jobs.ids < end))
+        start = self._next_id
+        rows = np.flatnonzero((known.jobs.ids >= start) & (known.jobs.ids < end))
         group = _Group(
             known.jobs.take(rows),
-            self._next_id,
+            start,
             end,
             known.losses[rows],
             known.violation[rows],
@@ -455,12 +552,24 @@ class StageRun:
         )
         self._groups.append(group)
         self._next_id = end
-        for row, at in enumerate(rows):
-            self._count(group, row, bool(known.cached[at]), bool(known.failed[at]))
+        if len(rows):
+            last = int(group.jobs.ids[-1])
+            self._empty_ids = (end - start - 1 - (last - start)) // self._q * self._q
+        else:
+            self._empty_ids += end - start
+        self._count(group, list(range(len(rows))), known.cached[rows], known.state[rows])
 
     # -- verify -----------------------------------------------------------------------------
 
-    def _compare(self, jobs: Jobs, known: _Known, first_id: int, n: int) -> bool:
+    def _compare_keys(self, known: Known) -> None:
+        keys = self.stage.space.keys(known.jobs.population)
+        for i, key, stored in zip(known.jobs.ids.tolist(), keys, known.jobs.keys, strict=True):
+            if key != stored:
+                self.mismatches.append(
+                    f"id {i}: recorded {stored.hex()}, but the recorded candidate is {key.hex()}"
+                )
+
+    def _compare(self, jobs: Jobs, known: Known, first_id: int, n: int) -> bool:
         """Holds a recomputed group against the records; False where the records end."""
         asked = dict(zip(jobs.ids.tolist(), jobs.keys, strict=True))
         for i in range(first_id, first_id + n):
@@ -475,63 +584,3 @@ class StageRun:
                     f"proposed {asked[i].hex() if i in asked else 'void'}"
                 )
         return True
-
-
-class _Known:
-    """Records of one stage, ready to be looked up by id."""
-
-    def __init__(self, records: Records, stage: Stage) -> None:
-        from searchlab.records import VOID
-
-        void = records.state == VOID
-        self.void_ids = records.ids[void]
-        self.void_set = set(self.void_ids.tolist())
-        rows = np.flatnonzero(~void)
-        records = records.take(rows)
-        self.jobs = Jobs(
-            ids=records.ids,
-            population=stage.space.unpack(records.genotypes),
-            keys=tuple(key or b"" for key in records.keys),
-            origin=tuple(records.origin),
-            parents=records.parents,
-        )
-        evaluations = records.evaluations()
-        m = len(stage.evaluator.objectives)
-        if len(records) and records.values.shape[1] < m:
-            raise StudyError(f"records of stage {stage.name!r} have {records.values.shape[1]} "
-                             f"values per candidate; the evaluator gives {m}")
-        evaluations.values = evaluations.values[:, :m].reshape(len(records), m)
-        self.losses = losses(evaluations, stage.evaluator.objectives)
-        self.violation = np.zeros(len(records))
-        self.cached = np.asarray(records.cached, dtype=bool)
-        self.failed = records.state != OK
-        self.row_of = {i: row for row, i in enumerate(records.ids.tolist())}
-        ids = np.union1d(records.ids, self.void_ids)
-        gaps = np.flatnonzero(np.diff(ids) > 1) if len(ids) else np.empty(0, int)
-        first = int(ids[0]) if len(ids) else 0
-        self._first = first
-        self._unbroken = int(ids[gaps[0]] + 1 if len(gaps) else ids[-1] + 1) if len(ids) else 0
-
-    def complete_until(self, q: int, start: int) -> int:
-        """The first id of the first group, counted from `start`, that is not wholly known."""
-        if not len(self.row_of) or self._first > start:
-            return start
-        return start + max(0, self._unbroken - start) // q * q
-
-
-def _stacked(
-    parts: list[NDArray[np.float64] | None],
-) -> NDArray[np.float64] | None:
-    present = [part for part in parts if part is not None]
-    return np.array(present) if present and len(present) == len(parts) else None
-
-
-def _is_baseline(jobs: Jobs, row: int) -> bool:
-    return bool(jobs.origin) and jobs.origin[row].startswith("baseline")
-
-
-def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
-    """What a stage's records say, for the rule that starts the next stage."""
-    records = store.records()
-    known = _Known(records.take(np.flatnonzero(records.stage == index)), stage)
-    return Answers(stage.space, known.jobs.population, known.jobs.origin, known.losses)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,19 @@ from searchlab.recipes import Recipe, load_recipe, options_from
 
 if TYPE_CHECKING:
     from searchlab.config import SearchConfig
+    from searchlab.executors import Executor
     from searchlab.loop import Callback
     from searchlab.result import Result
-    from searchlab.study import Database
+    from searchlab.study import Store
 
 __all__ = [
     "DEFAULT_DATABASE",
     "Opened",
     "RunAddress",
+    "check_folder",
     "find_run",
     "open_config",
+    "run_in_database",
     "run_recipe",
     "write_artefacts",
     "write_text",
@@ -149,18 +153,66 @@ def run_recipe(
     database: str,
     callbacks: Sequence[Callback] = (),
     config: SearchConfig | None = None,
+    opened: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Runs or resumes a recipe under a name, with all its artefacts.
+    """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
+
+    Args:
+        recipe, options: what to run.
+        name, out, database: where it is kept.
+        callbacks: see `searchlab.search.run`.
+        config: of the recipe and the options, where it was built before.
+        opened: called when the run is open: errors before it are about the input.
 
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
     """
     from searchlab.search import run
-    from searchlab.study import Database
 
     config = config if config is not None else recipe.build(options)
-    if "://" not in database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    with _open_run(config, name, out, database) as store:
+        store.set_meta("recipe", recipe.name)
+        store.set_meta("options", asdict(options))
+        opened()
+        result = run(config, store=store, callbacks=callbacks)
+    result.out = out
+    return result
+
+
+def run_in_database(
+    config: SearchConfig,
+    *,
+    name: str,
+    out: Path,
+    database: str,
+    executor: Executor | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Runs or resumes a search that was made in Python, and writes its artefacts.
+
+    Raises:
+        SearchlabError: see `run_recipe`.
+    """
+    from searchlab.search import run
+
+    with _open_run(config, name, out, database) as store:
+        result = run(config, store=store, executor=executor, callbacks=callbacks)
+    result.out = out
+    _write_result(result, out)
+    if any(group.winner is not None for group in result.groups):
+        result.export(out / "export")
+    from searchlab.report import write_report
+
+    write_report(result, out / "report.html")
+    return result
+
+
+@contextmanager
+def _open_run(config: SearchConfig, name: str, out: Path, database: str) -> Iterator[Store]:
+    """An open run with its folder; what cannot be made is said before the run exists."""
+    from searchlab.study import Database
+
+    check_folder(out)
     base = Database(database)
     try:
         store = base.open_run(
@@ -170,14 +222,24 @@ def run_recipe(
             seed=config.seed,
             out=str(out),
         )
-        _write_address(out, name, database)
-        store.set_meta("recipe", recipe.name)
-        store.set_meta("options", asdict(options))
-        result = run(config, store=store, callbacks=callbacks)
+        try:
+            _write_address(out, name, database)
+            yield store
+        finally:
+            store.close("failed")  # does nothing where the run has ended in its own way
     finally:
         base.close()
-    result.out = out
-    return result
+
+
+def check_folder(path: Path) -> None:
+    """Raises ConfigError where a folder cannot be made because a file is in the way."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ConfigError(f"folder {str(path)!r}: {str(part)!r} is a file")
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise ConfigError(f"folder {str(path)!r}: {str(part)!r} cannot be written to")
+            return
 
 
 def _write_address(out: Path, name: str, database: str) -> None:
@@ -191,8 +253,7 @@ def write_artefacts(recipe: Recipe, config: SearchConfig, result: Result, out: P
     """result.json, the winners in the form the space exports, and report.html."""
     from searchlab.report import write_report
 
-    paths = [out / "result.json"]
-    write_text(paths[0], json.dumps(result.to_json(), indent=1) + "\n")
+    paths = [_write_result(result, out)]
     if any(group.winner is not None for group in result.groups):
         paths += export_result(recipe, config, result, out / "export", "")
     more = recipe.sections(config, result) if recipe.sections is not None else ()
@@ -200,15 +261,23 @@ def write_artefacts(recipe: Recipe, config: SearchConfig, result: Result, out: P
     return paths
 
 
+def _write_result(result: Result, out: Path) -> Path:
+    path = out / "result.json"
+    write_text(path, json.dumps(result.to_json(), indent=1) + "\n")
+    return path
+
+
 def export_result(
     recipe: Recipe, config: SearchConfig, result: Result, directory: Path, form: str
 ) -> list[Path]:
     """Writes the winners; `form` is the recipe's own ("" = default)."""
-    directory.mkdir(parents=True, exist_ok=True)
+    check_folder(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"cannot make {str(directory)!r}: {error.strerror or error}") from None
     if recipe.export is not None:
         return recipe.export(config, result, directory, form)
     if form:
         raise ConfigError(f"--to {form!r}; recipe {recipe.name} has only its default form")
     return result.export(directory)
-
-

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_records import stage_answers
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
@@ -18,6 +21,7 @@ from searchlab.evaluator import (
     REPORT_REPLICATE,
     SELECTION_REPLICATE,
     Evaluator,
+    EvaluatorFunction,
     FunctionEvaluator,
     Objective,
     environment,
@@ -34,7 +38,7 @@ from searchlab.final import (
     plan_final,
     score_final,
 )
-from searchlab.loop import Callback, StageRun, stage_answers
+from searchlab.loop import Callback, StageRun
 from searchlab.population import OK, Population
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
@@ -56,15 +60,21 @@ class _Pace:
 
 
 def _pace(
-    stage: Stage,
     index: int,
+    first_id: int,
     config: SearchConfig,
     algorithm: Algorithm,
     workers: int,
     store: Store,
 ) -> _Pace:
-    """The stored pace of a stage, or the one that this run fixes for good."""
-    every: dict[str, dict[str, int]] = store.get_meta("pace") or {}
+    """The stored pace of a stage, or the one that this run fixes for good.
+
+    Raises:
+        StudyError: another quantum, or another budget of the stage before than at the beginning.
+    """
+    stage = config.stages[index]
+    every: dict[str, dict[str, Any]] = store.get_meta("pace") or {}
+    before = config.stages[index - 1].budget.evaluations if index else None
     if str(index) not in every:
         chunk = stage.chunk or config.chunk or algorithm.quantum
         lag = config.lag
@@ -74,7 +84,14 @@ def _pace(
         lag = max(lag, algorithm.quantum)
         if algorithm.max_lag is not None:
             lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
-        every = {**every, str(index): {"lag": lag, "chunk": chunk, "quantum": algorithm.quantum}}
+        mine = {
+            "lag": lag,
+            "chunk": chunk,
+            "quantum": algorithm.quantum,
+            "first_id": first_id,
+            "budget_before": before,
+        }
+        every = {**every, str(index): mine}
         store.set_meta("pace", every)
     stored = every[str(index)]
     if stored["quantum"] != algorithm.quantum:
@@ -85,12 +102,29 @@ def _pace(
     return _Pace(stored["lag"], stored["chunk"])
 
 
-def _build(stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store) -> Algorithm:
+def _check_budgets(config: SearchConfig, store: Store) -> None:
+    """Raises StudyError where a stage would grow although the next one has begun."""
+    every: dict[str, dict[str, Any]] = store.get_meta("pace") or {}
+    for index, stage in enumerate(config.stages[:-1]):
+        begun = every.get(str(index + 1))
+        if begun is not None and begun["budget_before"] != stage.budget.evaluations:
+            raise StudyError(
+                f"run {store.name!r} began stage {config.stages[index + 1].name!r} after a budget "
+                f"of {begun['budget_before']} for {stage.name!r}, not {stage.budget.evaluations}; "
+                "allowed: the same (only the last stage can grow)"
+            )
+
+
+def _build(
+    stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store
+) -> Algorithm:
     seeds = stage.seeds or Seeds(stage.space.empty(), ())
     if stage.adopt is not None:
         if index == 0:
             raise ConfigError(f"stage {stage.name!r} adopts, but there is no stage before it")
-        adopted = stage.adopt(stage_answers(store, config.stages[index - 1], index - 1), stage.space)
+        adopted = stage.adopt(
+            stage_answers(store, config.stages[index - 1], index - 1), stage.space
+        )
         seeds = Seeds(
             Population.concat([seeds.population, adopted.population]),
             (*seeds.origin, *adopted.origin),
@@ -130,6 +164,7 @@ def run(
     started = time.monotonic()
     status, stop_reason = "failed", ""
     try:
+        _check_budgets(config, store)
         for index, stage in enumerate(config.stages):
             if stage.adopt is None:  # the others need answers first
                 _build(stage, index, 0, config, store)
@@ -140,7 +175,7 @@ def run(
         first_id = 0
         for index, stage in enumerate(config.stages):
             algorithm = _build(stage, index, first_id, config, store)
-            pace = _pace(stage, index, config, algorithm, executor.workers, store)
+            pace = _pace(index, first_id, config, algorithm, executor.workers, store)
             leg = StageRun(
                 stage,
                 index,
@@ -179,6 +214,9 @@ def run(
         store.set_meta("result", result.to_json())
         store.commit()
         return result
+    except KeyboardInterrupt:  # outside the stages, which keep what they have
+        status = "interrupted"
+        raise
     finally:
         executor.close()
         store.close(status)
@@ -243,28 +281,23 @@ def collect(config: SearchConfig, store: Store) -> Result:
     digest = stage_digest(last)
     objective = last.evaluator.objectives[0]
     sign = 1.0 if objective.direction == "min" else -1.0
+    # Stages that share evaluator, space and fidelity are one list: a candidate is in it once.
+    same = [
+        index
+        for index, stage in enumerate(config.stages)
+        if stage_digest(stage) == digest
+        and stage.fidelity_index == len(stage.evaluator.fidelities) - 1
+    ]
+    part = records.take(np.flatnonzero(np.isin(records.stage, same) & (records.state == OK)))
     everyone: list[Contender] = []
     curve: dict[int, list[tuple[int, float]]] = {}
-    for index, stage in enumerate(config.stages):
-        truth = stage.fidelity_index == len(stage.evaluator.fidelities) - 1
-        if stage_digest(stage) != digest or not truth:
-            continue
-        part = records.take(np.flatnonzero((records.stage == index) & (records.state == OK)))
-        if not len(part):
-            continue
-        population = stage.space.unpack(part.genotypes)
-        groups = _groups_of(stage.space, population, config.group_by)
-        values = part.values[:, 0]
-        found = contenders(
-            population,
-            [key or b"" for key in part.keys],
-            part.origin,
-            part.ids.tolist(),
-            groups.tolist(),
-            values,
-        )
-        everyone += found
-        curve |= curve_of(part.ids.tolist(), groups.tolist(), values.tolist(), sign)
+    if len(part):
+        population = last.space.unpack(part.genotypes)
+        groups = _groups_of(last.space, population, config.group_by).tolist()
+        keys = [key or b"" for key in part.keys]
+        ids, values = part.ids.tolist(), part.values[:, 0]
+        everyone = contenders(population, keys, part.origin, ids, groups, values)
+        curve = curve_of(ids, groups, values.tolist(), sign)
     found_groups = sorted({contender.group for contender in everyone})
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
@@ -445,11 +478,14 @@ def verify(config: SearchConfig, store: Store) -> list[str]:
     """
     if store.get_meta("pace") is None:
         raise StudyError(f"run {store.name!r} has no records to verify")
-    first_id = 0
+    begun: dict[str, dict[str, Any]] = store.get_meta("pace")
     out: list[str] = []
     for index, stage in enumerate(config.stages):
+        if str(index) not in begun:
+            break  # the run has not come so far
+        first_id = begun[str(index)]["first_id"]
         algorithm = _build(stage, index, first_id, config, store)
-        pace = _pace(stage, index, config, algorithm, 1, store)
+        pace = _pace(index, first_id, config, algorithm, 1, store)
         leg = StageRun(
             replace(stage, budget=Budget()),
             index,
@@ -462,7 +498,7 @@ def verify(config: SearchConfig, store: Store) -> list[str]:
             pace.chunk,
             recompute=True,
         )
-        first_id = leg.run()
+        leg.run()
         out += [f"stage {stage.name!r}, {text}" for text in leg.mismatches]
     return out
 
@@ -499,7 +535,8 @@ def search(
         baselines: name -> values; scored first, shown beside the result and used as parents.
         final: rescore the best on splits the search never saw; for evaluators with replicates.
         name: of the run.
-        out: a folder for the run's artefacts; gives the run a database there.
+        out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
+            run a database there, and the same call goes on with the run.
         database: a SQLite path or an SQLAlchemy URL; in memory when neither it nor `out` is given.
         executor: where candidates are evaluated; this process by default.
         callbacks: called after every recorded batch.
@@ -507,7 +544,7 @@ def search(
     Returns:
         The result; `result.best.plan` holds the values.
     """
-    evaluator = _as_evaluator(space, objective, direction)
+    evaluator = _as_evaluator(space, objective, direction, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
     if baselines:
@@ -521,28 +558,37 @@ def search(
     config = SearchConfig((stage,), name=name, seed=seed, final=final)
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)
-    from searchlab.study import Database
+    from searchlab.runs import run_in_database
 
     folder = Path(out) if out is not None else Path("runs") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    base = Database(database if database is not None else folder / "searchlab.db")
-    try:
-        store = base.open_run(
-            name, config=config.describe(), space=space.fingerprint, seed=seed, out=str(folder)
-        )
-        return run(config, store=store, executor=executor, callbacks=callbacks)
-    finally:
-        base.close()
+    base = str(database) if database is not None else str(folder / "searchlab.db")
+    return run_in_database(
+        config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
+    )
 
 
 def _as_evaluator(
-    space: Space, objective: Callable[..., Any] | Evaluator, direction: Literal["min", "max"]
+    space: Space,
+    objective: Callable[..., Any] | Evaluator | EvaluatorFunction[..., Any],
+    direction: Literal["min", "max"],
+    name: str,
 ) -> Evaluator:
-    if isinstance(objective, Evaluator):
-        return objective
-    if not callable(objective):
-        raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
-    if getattr(objective, "builds_evaluator", False):
-        built: Evaluator = objective(space)
-        return built
-    return FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
+    if isinstance(objective, EvaluatorFunction):
+        objective = objective.build(space)
+    elif not isinstance(objective, Evaluator):
+        if not callable(objective):
+            raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
+        objective = FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
+    if isinstance(objective, FunctionEvaluator) and objective.version is None:
+        # Without a version nobody can tell two functions apart: values stay within the run.
+        return replace(objective, private=name)
+    return objective
+
+
+class _CallableModule(ModuleType):
+    """Lets `searchlab.search(...)` be the function although this module bears its name."""
+
+    __call__ = staticmethod(search)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -304,15 +304,17 @@ class Integer(Variable):
         return self.low + (self._block(u) * (self.high - self.low + 1)).astype(np.int64)
 
     def mutate(self, values: Array, mask: Array, u: Array, active: Array | None = None) -> Array:
-        span = self.high - self.low
-        if span == 0:
+        if self.high == self.low:
             return values
-        # Geometric-like steps: near moves are likelier, every value stays reachable, none repeats.
+        # Steps up or down within the room that is left: near moves are likelier, every value stays
+        # reachable and none repeats. Without room on one side the step goes to the other one.
         block = self._block(u)
-        up = block < 0.5
-        depth = np.where(up, block * 2, block * 2 - 1)
-        reach = np.maximum(1, np.floor(span * depth**3)).astype(np.int64)
-        moved = self.low + (values - self.low + np.where(up, reach, -reach)) % (span + 1)
+        above, below = self.high - values, values - self.low
+        up = ((block < 0.5) | (below <= 0)) & (above > 0)
+        depth = np.where(block < 0.5, block * 2, block * 2 - 1)
+        room = np.maximum(1, np.where(up, above, below))
+        reach = np.minimum(room, 1 + np.floor(room * depth**3).astype(np.int64))
+        moved = values + np.where(up, reach, -reach)
         return np.where(mask, moved, values).astype(np.int64)
 
     def valid(self, values: Array, active: Array) -> Array:

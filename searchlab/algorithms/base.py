@@ -163,10 +163,6 @@ class Algorithm:
             self.n_told += len(told.ids)
             self._learn(told)
 
-    def void(self, count: int) -> None:
-        """Counts ids that found nothing new as told."""
-        self.n_told += count
-
     def issue(self, ids: NDArray[np.int64], keys: Sequence[bytes | None]) -> None:
         """Notes keys that were issued before (resume)."""
         for i, key in zip(ids.tolist(), keys, strict=True):
@@ -180,7 +176,8 @@ class Algorithm:
     def _uniforms(self, ids: NDArray[np.int64], attempt: int) -> NDArray[np.float64]:
         return uniforms(self.seed, attempt, int(ids[0]), len(ids), self._width())
 
-    def _known(self, key: bytes, before: int) -> bool:
+    def issued_before(self, key: bytes, before: int) -> bool:
+        """Whether an id below `before` was given this candidate."""
         first = self._issued.get(key)
         return first is not None and first < before
 
@@ -210,7 +207,7 @@ class Algorithm:
         keep = np.ones(len(ids), dtype=bool)
         for row in range(start, len(ids)):
             i = ids[row]
-            if self._known(keys[row], i):
+            if self.issued_before(keys[row], i):
                 found = None if row < n_seeds else self._redraw_one(i)
                 if found is None:
                     keep[row] = False
@@ -237,7 +234,7 @@ class Algorithm:
             if draw is None:
                 return None
             key = self.space.keys(draw.population)[0]
-            if not self._known(key, i):
+            if not self.issued_before(key, i):
                 return draw, key
         return None
 

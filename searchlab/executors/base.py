@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from searchlab.errors import EvaluationError
 from searchlab.evaluator import Evaluator
 from searchlab.population import Evaluations, Jobs
 
@@ -47,11 +48,14 @@ class Executor(Protocol):
     def workers(self) -> int: ...
     def start(self, evaluators: tuple[Evaluator, ...]) -> None:
         """Sets the evaluators up, once per worker."""
+
     def has_room(self) -> bool:
         """Whether another chunk could begin soon."""
+
     def submit(self, chunk: Chunk) -> None: ...
     def wait(self, timeout: float | None = None) -> list[Done]:
         """All chunks finished by now; waits for at least one if any is open."""
+
     def close(self) -> None: ...
 
 
@@ -64,7 +68,12 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
         padded = jobs.take([*range(n), *[n - 1] * (chunk.rows - n)])
     started = time.time()
     try:
-        evaluations = evaluator.evaluate(padded)
+        answer: object = evaluator.evaluate(padded)
+        if not isinstance(answer, Evaluations):
+            raise EvaluationError(
+                f"evaluator returned {type(answer).__name__}; allowed: Evaluations"
+            )
+        evaluations = answer
         if len(evaluations) != len(padded):
             evaluations = Evaluations.failed(
                 n,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,8 @@ class ScheduleRange:
         low, high = self.nfe
         if not 1 <= low <= high:
             raise SpaceError(f"nfe {low}..{high}; allowed: 1 <= lowest <= highest")
-        if not 0 < self.last[0] <= self.last[1]:
-            raise SpaceError(f"last {self.last}; allowed: 0 < lowest <= highest")
+        if not 0 <= self.last[0] <= self.last[1]:
+            raise SpaceError(f"last {self.last}; allowed: 0 <= lowest <= highest")
         for name, chosen, known in (
             ("endings", self.endings, ENDINGS),
             ("first", self.first, FIRST),
@@ -108,6 +107,8 @@ class SolverScheduleSpace(Space):
     """
 
     def __init__(self, noise: NoiseSchedule, within: ScheduleRange) -> None:
+        if not float(noise.sigma(within.last[0])) > 0:
+            raise SpaceError(f"last {within.last} of a noisy point; allowed: sigma above 0")
         self.noise = noise
         self.within = within
         self.start_time = noise.start if within.start_time is None else within.start_time
@@ -262,7 +263,7 @@ class SolverScheduleSpace(Space):
         # The end of the range comes back as it was given, not through exp and log.
         for i, time in enumerate(times):
             for exact in (self.within.last[0], self.within.last[1]):
-                if abs(time - exact) <= 1e-7 * abs(exact):
+                if abs(time - exact) <= 1e-7 * max(abs(exact), 1e-3):
                     times[i] = exact
         steps = [self._step(value, i, times[i]) for i in range(m)]
         if value["ending"] == "clean":
@@ -357,21 +358,6 @@ class SolverScheduleSpace(Space):
             if tuple(left[: step.order - 1]) == step.points:
                 return name
         raise SpaceError(f"active points {step.points} of step {i} are not one of {ACTIVE}")
-
-    def export(self, plans: Mapping[int, Any], directory: Path) -> list[Path]:
-        """Writes schedules.json (all numbers of calls) and one readable text file."""
-        import json
-
-        bundle = {
-            "format": "searchlab.solver_schedules",
-            "version": 1,
-            "schedules": {str(nfe): plan.to_json() for nfe, plan in plans.items()},
-        }
-        path = directory / "schedules.json"
-        path.write_text(json.dumps(bundle, indent=1) + "\n")
-        text = directory / "schedules.txt"
-        text.write_text("\n\n".join(str(plan) for plan in plans.values()) + "\n")
-        return [path, text]
 
     def to_json(self) -> dict[str, Any]:
         """The generic form, with the noise schedule that gives times their meaning."""
