@@ -1,26 +1,30 @@
-"""Shared trajectories: the same values, fewer calls, bounded memory."""
+"""The prefix tree: equal results however schedules are batched and remembered, fewer calls."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from searchlab.errors import EvaluationError
 from searchlab.evaluators.gaussian_mixture import MixtureProblem
-from searchlab.evaluators.trajectories import PrefixTree, prefix_digests
-from searchlab.spaces.solver_schedule.execute import run_table
+from searchlab.evaluators.trajectories import MIN_ROWS, PrefixTree, prefix_digests
+from searchlab.spaces.solver_schedule import Schedule, compile_schedule
+from searchlab.spaces.solver_schedule.execute import CountingDenoiser, run_table
 from searchlab.spaces.solver_schedule.families import fixed_family
-from searchlab.spaces.solver_schedule.noise_schedule import Edm, VpLinear
-from searchlab.spaces.solver_schedule.points import ddim, with_first_evaluation
-from searchlab.spaces.solver_schedule.schedule import Schedule, Step
 from searchlab.spaces.solver_schedule.space import ScheduleRange, SolverScheduleSpace
-from searchlab.spaces.solver_schedule.table import compile_schedule
-from searchlab.uniforms import uniforms
+from searchlab.spaces.solver_schedule.table import CoefficientTable
+
+PROBLEM = MixtureProblem()
+MEGABYTE = 2**20
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,170 +32,151 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def mixture():
-    return MixtureProblem()
+def tables() -> list[CoefficientTable]:
+    """40 random schedules of 3 to 6 calls, twelve of them in two spellings or beginning alike."""
+    end = PROBLEM.noise.end
+    within = ScheduleRange((3, 6), (end, end), endings=("stop",), first=("model", "zero", "mean"))
+    space = SolverScheduleSpace(PROBLEM.noise, within)
+    u = np.random.default_rng(0).random((28, space.sample_width))
+    schedules: list[Schedule] = space.plans(space.sample(u))
+    for schedule in schedules[:12]:
+        *head, last = schedule.steps
+        other = "noise" if last.prediction == "data" else "data"
+        schedules.append(replace(schedule, steps=(*head, replace(last, prediction=other))))
+    return [compile_schedule(schedule) for schedule in schedules]
 
 
-@pytest.fixture(scope="module")
-def tables():
-    space = SolverScheduleSpace(
-        VpLinear(), ScheduleRange((4, 8), (1e-3, 1e-3), endings=("stop",), first=("model", "zero"))
-    )
-    population = space.sample(uniforms(0, 0, 0, 60, space.sample_width))
-    return [compile_schedule(schedule) for schedule in space.plans(population)]
+def tree(n: int = 20, **changed: object) -> PrefixTree:
+    settings = {"mean": PROBLEM.mean, **changed}
+    denoise = settings.pop("denoise", PROBLEM.denoise)
+    return PrefixTree(denoise, PROBLEM.start_noise(n, seed=3), **settings)  # type: ignore[arg-type]
 
 
-class Dense:
-    """A network of dense layers in single precision; counts calls and rows."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(5, 256),
-            torch.nn.SiLU(),
-            torch.nn.Linear(256, 384),
-            torch.nn.SiLU(),
-            torch.nn.Linear(384, 4),
-        )
-        self.rows: list[int] = []
-
-    def __call__(self, x, t):
-        self.rows.append(len(x))
-        with torch.no_grad():
-            return self.net(torch.cat([x, t[:, None]], dim=1))
+def chunks(tables: Sequence[CoefficientTable], size: int) -> list[Sequence[CoefficientTable]]:
+    return [tables[at : at + size] for at in range(0, len(tables), size)]
 
 
-def test_sharing_changes_no_bit(mixture, tables):
-    x = mixture.start_noise(64, seed=3)
-    shared = PrefixTree(mixture.denoise, x).run(tables)
-    apart = PrefixTree(mixture.denoise, x, remember=False).run(tables)
-    single = torch.stack([run_table(table, mixture.denoise, x) for table in tables])
-    assert torch.equal(shared, apart)
-    assert torch.equal(shared, single)
-
-
-def test_order_and_company_change_no_bit(tables):
-    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
-    together = PrefixTree(Dense(), x).run(tables)
-    backwards = PrefixTree(Dense(), x, max_rows=100).run(tables[::-1]).flip(0)
-    tree = PrefixTree(Dense(), x)
-    one_by_one = torch.cat([tree.run([table]) for table in tables])
-    assert torch.equal(together, backwards)
-    assert torch.equal(together, one_by_one)
-
-
-def test_padding_is_what_makes_few_samples_bit_equal(tables):
-    """Without padding, fewer than 16 rows take other matrix kernels and differ in the last bits."""
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(2))
-    whole = PrefixTree(Dense(), x).run(tables)
-    differs = False
-    for n in (1, 2, 3, 5, 7):
-        padded = PrefixTree(Dense(), x[:n]).run(tables)
-        assert torch.equal(padded, whole[:, :n])
-        bare = torch.cat([PrefixTree(Dense(), x[:n], min_rows=1).run([t]) for t in tables])
-        differs = differs or not torch.equal(bare, whole[:, :n])
-    assert differs
-
-
-def test_a_change_of_the_last_step_costs_one_call():
-    noise = VpLinear()
-    n = 8
-    times = np.linspace(1.0, 0.05, n).tolist()
-    parent = Schedule(noise, times[0], (*(Step(t) for t in times[1:]), Step(1e-3)))
-    children = [
-        Schedule(noise, times[0], (*parent.steps[:-1], Step(1e-3 * (2 + i)))) for i in range(10)
-    ]
-    last_call_moved = [
-        Schedule(
-            noise,
-            times[0],
-            (*parent.steps[:-2], Step(times[-1] * (1 + 0.01 * (i + 1))), parent.steps[-1]),
-        )
-        for i in range(10)
-    ]
-    x = torch.randn(16, 4, dtype=torch.float64)
-    mixture = MixtureProblem()
-    tree = PrefixTree(mixture.denoise, x)
-    tree.run([compile_schedule(parent)])
-    assert tree.work.run == n
-    tree.run([compile_schedule(child) for child in children])
-    assert tree.work.run == n  # the last step needs no call of its own
-    tree.run([compile_schedule(child) for child in last_call_moved])
-    assert tree.work.run == n + 10
-
-
-def test_schedules_that_run_alike_share_however_written():
-    noise = Edm()
-    times = (20.0, 1.0, 0.1)
-    data = Schedule(noise, 80.0, tuple(Step(t) for t in times))
-    other = Schedule(noise, 80.0, tuple(Step(t, prediction="noise") for t in times))
-    assert prefix_digests(compile_schedule(data)) == prefix_digests(compile_schedule(other))
-    analytic = compile_schedule(with_first_evaluation(data, "zero"))
-    assert prefix_digests(analytic)[0] != prefix_digests(compile_schedule(data))[0]
-
-
-def test_memory_is_bounded_and_results_do_not_depend_on_it(mixture, tables):
-    x = mixture.start_noise(64, seed=4)
-    free = PrefixTree(mixture.denoise, x)
-    expected = free.run(tables)
-    node = 2 * x.numel() * x.element_size()
-    for bound in (0, 5 * node, 40 * node):
-        tree = PrefixTree(mixture.denoise, x, max_bytes=bound)
-        for start in range(0, len(tables), 4):
-            got = tree.run(tables[start : start + 4])
-            assert torch.equal(got, expected[start : start + 4])
-            assert tree.held_bytes <= bound
-    assert free.held_bytes > 40 * node
-    free.forget()
-    assert free.held_bytes == 0
-
-
-def test_rows_per_call_follow_from_the_sample_count(tables):
-    for samples, per_call in ((64, 62), (1000, 4), (5000, 1)):
-        model = Dense()
-        x = torch.randn(samples, 4)
-        PrefixTree(model, x, remember=False).run(tables[:8])
-        assert max(model.rows) <= max(4000, samples)
-        assert set(np.array(model.rows) // samples) <= set(range(1, per_call + 1))
-        assert all(rows % samples == 0 for rows in model.rows)
-
-
-def test_known_solvers_share_more_than_half_of_their_calls():
-    noise = Edm()
-    tables = [compile_schedule(schedule) for schedule in fixed_family(noise, 5).values()]
-    calls = []
-
-    def denoise(x, t):
-        calls.append(len(x))
-        return x * 0.1
-
-    tree = PrefixTree(denoise, torch.randn(16, 2))
-    tree.run(tables)
-    assert tree.work.evaluations == 5 * len(tables)
-    assert tree.work.evaluations / tree.work.run > 2.3
-    assert sum(calls) == 16 * tree.work.run
-
-
-def test_the_mean_is_needed_where_it_is_used():
-    noise = Edm()
-    table = compile_schedule(with_first_evaluation(ddim(np.array([80.0, 1.0, 0.1]), noise), "mean"))
-    x = torch.randn(16, 3)
-    with pytest.raises(EvaluationError, match="data mean"):
-        PrefixTree(lambda x, t: x, x).run([table])
-    mean = torch.tensor([1.0, 2.0, 3.0])
-    got = PrefixTree(lambda x, t: x * 0.5, x, mean=mean).run([table])[0]
-    assert torch.equal(got, run_table(table, lambda x, t: x * 0.5, x, mean=mean))
+def test_a_population_gives_what_every_table_gives_alone(tables: list[CoefficientTable]) -> None:
+    x = PROBLEM.start_noise(20, seed=3)
+    together = tree().run(tables)
+    for table, state in zip(tables, together, strict=True):
+        alone = run_table(table, PROBLEM.denoise, x, mean=PROBLEM.mean)
+        assert torch.allclose(state, alone, rtol=0, atol=1e-9 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(0, 3), torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64)]
+    "changed",
+    [
+        {"remember": False},
+        {"max_rows": 20},
+        {"max_rows": 100},
+        {"max_bytes": 0},
+        {"max_bytes": 30_000},
+    ],
+    ids=str,
 )
-def test_start_states_must_be_a_batch_of_floats(x):
-    with pytest.raises(EvaluationError, match="start states"):
-        PrefixTree(lambda x, t: x, x)
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_bits_depend_on_neither_batches_nor_memory(
+    tables: list[CoefficientTable], changed: dict[str, object], size: int
+) -> None:
+    expected = tree().run(tables)
+    other = tree(**changed)
+    found = torch.cat([other.run(part) for part in chunks(tables, size)])
+    assert torch.equal(found, expected)
 
 
-def test_a_model_that_answers_with_another_shape_is_named():
-    table = compile_schedule(ddim(np.array([80.0, 1.0]), Edm()))
-    with pytest.raises(EvaluationError, match="answered"):
-        PrefixTree(lambda x, t: x[:, :1], torch.randn(16, 3)).run([table])
+def test_children_that_differ_in_their_last_step_cost_one_call_at_most() -> None:
+    parent = next(iter(fixed_family(PROBLEM.noise, 6, family="mixture").values()))
+    *head, before, last = parent.steps
+    moved = [
+        replace(parent, steps=(*head, replace(before, time=before.time * (1 + 0.01 * i)), last))
+        for i in range(1, 11)
+    ]
+    counting = CountingDenoiser(PROBLEM.denoise)
+    shared = tree(denoise=counting, max_rows=20)
+    for schedule in (parent, *moved):
+        shared.run([compile_schedule(schedule)])
+    assert counting.calls == shared.work.run == 6 + 10
+    assert shared.work.evaluations == 6 * 11
+
+
+def test_a_schedule_seen_before_needs_no_call(tables: list[CoefficientTable]) -> None:
+    shared = tree()
+    first = shared.run(tables)
+    run = shared.work.run
+    assert torch.equal(shared.run(tables), first)
+    assert shared.work.run == run
+    shared.forget()
+    shared.run(tables)
+    assert shared.work.run == 2 * run
+
+
+@pytest.mark.parametrize("bound", [0, 50_000, 200_000])
+@pytest.mark.parametrize("max_rows", [20, 4000])
+def test_what_is_remembered_keeps_within_its_bound_in_truth(
+    tables: list[CoefficientTable], bound: int, max_rows: int
+) -> None:
+    shared = tree(max_bytes=bound, max_rows=max_rows)
+    for part in chunks(tables, 8):
+        shared.run(part)
+        assert shared.held_bytes <= bound
+        # Tensors that are parts of larger ones hold all of them.
+        held = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for node in shared._nodes.values()
+            for tensor in (node.state, node.restart, node.output)
+            if tensor is not None and tensor is not shared._x
+        }
+        assert sum(held.values()) <= bound
+
+
+def test_calls_have_at_most_the_rows_that_are_allowed(tables: list[CoefficientTable]) -> None:
+    rows: list[int] = []
+
+    def listening(x: Tensor, t: Tensor) -> Tensor:
+        rows.append(len(x))
+        return PROBLEM.denoise(x, t)
+
+    shared = tree(denoise=listening, max_rows=100)
+    shared.run(tables)
+    assert 20 < max(rows) <= 100
+    assert sum(rows) == shared.work.rows == 20 * shared.work.run
+    assert len(rows) == shared.work.calls
+
+
+def test_few_samples_are_padded_and_cut_again(tables: list[CoefficientTable]) -> None:
+    rows: list[int] = []
+
+    def listening(x: Tensor, t: Tensor) -> Tensor:
+        rows.append(len(x))
+        return PROBLEM.denoise(x, t)
+
+    few = tree(3, denoise=listening, max_rows=1)
+    found = few.run(tables[:4])
+    assert found.shape == (4, 3, PROBLEM.dimension)
+    assert set(rows) == {MIN_ROWS}
+    assert torch.equal(found, tree(20).run(tables[:4])[:, :3])
+
+
+def test_equal_digests_are_equal_beginnings(tables: list[CoefficientTable]) -> None:
+    for at in range(12):
+        one, other = prefix_digests(tables[at]), prefix_digests(tables[28 + at])
+        assert one[: tables[at].evaluations] == other[: tables[at].evaluations]
+    assert len({prefix_digests(table)[-1] for table in tables[:28]}) == 28
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3), torch.zeros((0, 2)), torch.zeros((2, 2)).int()])
+def test_start_states_that_are_none_are_refused(x: Tensor) -> None:
+    with pytest.raises(EvaluationError, match="start states of shape"):
+        PrefixTree(PROBLEM.denoise, x)
+
+
+def test_an_answer_of_another_shape_is_refused(tables: list[CoefficientTable]) -> None:
+    with pytest.raises(EvaluationError, match=r"answered \(20, 1\); allowed: \(20, 4\)"):
+        tree(denoise=lambda x, t: x[:, :1]).run(tables[:1])
+
+
+def test_a_missing_mean_is_named(tables: list[CoefficientTable]) -> None:
+    wanting = next(table for table in tables if table.first_evaluation == "mean")
+    with pytest.raises(EvaluationError, match="data mean"):
+        tree(mean=None).run([wanting])
