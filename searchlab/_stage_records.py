@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from searchlab.records import Answer, Records
     from searchlab.study import Store
 
-__all__ = ["Known", "is_baseline", "of_answer", "stage_answers"]
+__all__ = ["Known", "of_answer", "stage_answers"]
 
 
 class Known:
@@ -50,6 +50,7 @@ class Known:
         self.reason = records.reason
         self.row_of = {i: row for row, i in enumerate(records.ids.tolist())}
         ids = np.union1d(records.ids, void_ids)
+        self.last = int(ids[-1]) if len(ids) else -1
         gaps = np.flatnonzero(np.diff(ids) > 1)
         self._first = int(ids[0]) if len(ids) else 0
         self._unbroken = int(ids[gaps[0]] + 1 if len(gaps) else ids[-1] + 1) if len(ids) else 0
@@ -70,11 +71,6 @@ def of_answer(answer: Answer) -> Evaluations:
         signals=answer.signals[None],
         cost_s=np.array([answer.cost_s]),
     )
-
-
-def is_baseline(jobs: Jobs, row: int) -> bool:
-    """Whether a job belongs to the baselines, which no budget counts."""
-    return bool(jobs.origin) and jobs.origin[row].startswith("baseline")
 
 
 def stage_answers(store: Store, stage: Stage, index: int) -> Answers:

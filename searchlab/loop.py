@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab._stage_records import Known, is_baseline, of_answer
+from searchlab._stage_records import Known, of_answer
 from searchlab.algorithms.base import Algorithm, Told
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
@@ -64,6 +64,11 @@ class _Group:
     entered: int = 0  # rows answered or submitted so far, in order
     voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
     answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
+    baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
+
+    def __post_init__(self) -> None:
+        origin = self.jobs.origin or ("",) * len(self.jobs)
+        self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
 
 
 @dataclass
@@ -292,7 +297,7 @@ class StageRun:
         Returns:
             Whether that was the whole group.
         """
-        jobs, fresh = group.jobs, []
+        jobs, fresh = group.jobs, self._enter_unknown(group, known)
         while group.entered < len(jobs):
             row = group.entered
             i, key = int(jobs.ids[row]), jobs.keys[row]
@@ -302,7 +307,7 @@ class StageRun:
                 free = key in group.answers and not repeat
                 if free and not self.stage.budget.includes_hits:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
-                elif self._left() <= 0 and not is_baseline(jobs, row):
+                elif self._left() <= 0 and not group.baseline[row]:
                     break
                 elif free:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
@@ -310,14 +315,14 @@ class StageRun:
                     self._waiting[key].append(i)  # one submission answers several ids
                     self._by_id[i] = group, row
                     self._open += 1
-                    self.repeated += not is_baseline(jobs, row)
+                    self.repeated += not group.baseline[row]
                 elif repeat and (answer := self._own_answer(key)) is not None:
                     self._record(group, [row], answer, cached=True)
                 else:
                     fresh.append(row)
                     self._by_id[i] = group, row
                     self._open += 1
-                    self._open_paid += not is_baseline(jobs, row)
+                    self._open_paid += not group.baseline[row]
                     if self._repeats:
                         self._waiting[key] = []
             group.entered += 1
@@ -330,6 +335,24 @@ class StageRun:
             self.stop_reason = "budget"
         self._partial = None if whole else group
         return whole
+
+    def _enter_unknown(self, group: _Group, known: Known) -> list[int]:
+        """The rows of a group of which nothing is known, as far as the budget goes, all at once."""
+        if self._repeats or group.answers or group.baseline.any() or known.last >= group.first_id:
+            return []
+        start, left = group.entered, self._left()
+        stop = int(min(len(group.jobs), start + max(0, left)))
+        fresh = list(range(start, stop))
+        self._by_id.update(
+            (i, (group, row))
+            for i, row in zip(group.jobs.ids[start:stop].tolist(), fresh, strict=True)
+        )
+        if stop > start:
+            self._record_voids(group, int(group.jobs.ids[stop - 1]))
+        self._open += len(fresh)
+        self._open_paid += len(fresh)
+        group.entered = stop
+        return fresh
 
     def _record_voids(self, group: _Group, before: int) -> None:
         ids = []
@@ -432,10 +455,12 @@ class StageRun:
             rows.append(row)
             keep.append(position)
             self._open -= 1
-            self._open_paid -= not is_baseline(group.jobs, row)
+            self._open_paid -= not group.baseline[row]
         if not rows:
             return
-        self._record(group, rows, done.evaluations.take(keep), done=done)
+        whole = keep == list(range(len(done.evaluations)))
+        evaluations = done.evaluations if whole else done.evaluations.take(keep)
+        self._record(group, rows, evaluations, done=done)
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])
@@ -446,7 +471,7 @@ class StageRun:
             for j in self._waiting.pop(key, []):
                 other, row = self._by_id.pop(j)
                 self._open -= 1
-                self.repeated -= not is_baseline(other.jobs, row)  # counted again as recorded
+                self.repeated -= not other.baseline[row]  # counted again as recorded
                 self._record(other, [row], answer, cached=True)
 
     def _record(
@@ -458,7 +483,7 @@ class StageRun:
         cached: bool = False,
         done: Done | None = None,
     ) -> None:
-        jobs = group.jobs.take(rows)
+        jobs = group.jobs if rows == list(range(len(group.jobs))) else group.jobs.take(rows)
         now = time.time()
         flags = np.full(len(rows), cached)
         self.store.record(
@@ -489,23 +514,23 @@ class StageRun:
         self.finished += len(rows)
         self.failed += int((state != OK).sum())
         self.hits += int(cached.sum())
-        for at, row in enumerate(rows):
-            if is_baseline(jobs, row):
-                continue
-            if not cached[at]:
-                self.paid += bool(state[at] != INFEASIBLE)
-            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+        own = ~group.baseline[rows]
+        self.paid += int((own & ~cached & (state != INFEASIBLE)).sum())
+        for at in np.flatnonzero(own & cached).tolist():
+            if self._is_repeat(jobs.keys[rows[at]], int(jobs.ids[rows[at]])):
                 self.repeated += 1
             else:
                 self._free_hits += 1
-        good = [row for row, what in zip(rows, state.tolist(), strict=True) if what == OK]
-        if not good:
+        good = np.asarray(rows, dtype=np.int64)[state == OK]
+        if not len(good):
             return
-        places = [0] * len(good)
-        if self.group_by is not None:
-            costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
-            places = np.rint(costs).astype(np.int64).tolist()
-        for place, loss in zip(places, group.losses[good, 0].tolist(), strict=True):
+        found = group.losses[good, 0]
+        if self.group_by is None:
+            self.best[0] = min(float(found.min()), self.best.get(0, np.inf))
+            return
+        costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
+        places = np.rint(costs).astype(np.int64).tolist()
+        for place, loss in zip(places, found.tolist(), strict=True):
             self.best[place] = min(loss, self.best.get(place, np.inf))
 
     # -- the lag rule -----------------------------------------------------------------------
