@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
@@ -13,9 +16,31 @@ from searchlab.population import Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Answer, Records
+    from searchlab.space import Space
     from searchlab.study import Store
 
-__all__ = ["Known", "of_answer", "stage_answers"]
+__all__ = ["Group", "Known", "differences", "of_answer", "stage_answers", "wrong_keys"]
+
+
+@dataclass
+class Group:
+    """Jobs of one ask group with what is known of them."""
+
+    jobs: Jobs
+    first_id: int
+    end_id: int
+    losses: NDArray[np.float64]
+    violation: NDArray[np.float64]
+    done: NDArray[np.bool_]
+    told: int = 0  # rows told so far
+    entered: int = 0  # rows answered or submitted so far, in order
+    voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
+    answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
+    baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
+
+    def __post_init__(self) -> None:
+        origin = self.jobs.origin or ("",) * len(self.jobs)
+        self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
 
 
 class Known:
@@ -26,6 +51,7 @@ class Known:
 
         void = records.state == VOID
         void_ids = records.ids[void]
+        self._told = dict(zip(records.ids.tolist(), records.told_at_ask.tolist(), strict=True))
         self.void_set = set(void_ids.tolist())
         records = records.take(np.flatnonzero(~void))
         self.jobs = Jobs(
@@ -45,6 +71,7 @@ class Known:
         evaluations.values = evaluations.values[:, :m].reshape(len(records), m)
         self.losses = losses(evaluations, stage.evaluator.objectives)
         self.violation = np.zeros(len(records))
+        self.cost_s = records.cost_s
         self.cached = np.asarray(records.cached, dtype=bool)
         self.state = records.state
         self.reason = records.reason
@@ -54,6 +81,11 @@ class Known:
         gaps = np.flatnonzero(np.diff(ids) > 1)
         self._first = int(ids[0]) if len(ids) else 0
         self._unbroken = int(ids[gaps[0]] + 1 if len(gaps) else ids[-1] + 1) if len(ids) else 0
+
+    def told_at_ask(self, first_id: int, end_id: int) -> int | None:
+        """How many ids were told when a group was asked for; None where nothing is known of it."""
+        rows = (self._told.get(i) for i in range(first_id, end_id))
+        return next((told for told in rows if told is not None), None)
 
     def complete_until(self, q: int, start: int) -> int:
         """The first id of the first group, counted from `start`, that is not wholly known."""
@@ -78,3 +110,34 @@ def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     records = store.records()
     known = Known(records.take(np.flatnonzero(records.stage == index)), stage)
     return Answers(stage.space, known.jobs.population, known.jobs.origin, known.losses)
+
+
+# -- verify -------------------------------------------------------------------------------------
+
+
+def wrong_keys(known: Known, space: Space) -> list[str]:
+    """Records whose key is not that of their candidate."""
+    keys = space.keys(known.jobs.population)
+    rows = zip(known.jobs.ids.tolist(), keys, known.jobs.keys, strict=True)
+    return [
+        f"id {i}: recorded {stored.hex()}, but the recorded candidate is {key.hex()}"
+        for i, key, stored in rows
+        if key != stored
+    ]
+
+
+def differences(jobs: Jobs, known: Known, first_id: int, n: int) -> list[str] | None:
+    """Where a recomputed group differs from the records; None where the records end."""
+    asked = dict(zip(jobs.ids.tolist(), jobs.keys, strict=True))
+    out = []
+    for i in range(first_id, first_id + n):
+        at = known.row_of.get(i)
+        if at is None and i not in known.void_set:
+            return None
+        stored = None if at is None else known.jobs.keys[at]
+        if asked.get(i) != stored:
+            out.append(
+                f"id {i}: recorded {stored.hex() if stored else 'void'}, "
+                f"proposed {asked[i].hex() if i in asked else 'void'}"
+            )
+    return out

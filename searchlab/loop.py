@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab._stage_records import Known, of_answer
+from searchlab._stage_limits import Limits
+from searchlab._stage_records import Group, Known, differences, of_answer, wrong_keys
 from searchlab.algorithms.base import Algorithm, Told
+from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
@@ -26,49 +28,6 @@ __all__ = ["Callback", "Progress", "StageRun"]
 
 HOPELESS = 20  # a stage whose first jobs all failed is stopped after this many
 MAX_EMPTY_IDS = 256  # consecutive void ids (whole groups): the space is taken as exhausted
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback hears after every recorded batch; `best` is in the user's sign."""
-
-    stage: str
-    issued: int
-    finished: int
-    paid: int
-    hits: int
-    failed: int
-    budget: int | None
-    seconds: float
-    best: dict[int, float]
-    done: tuple[Done, ...] = ()
-
-
-class Callback(Protocol):
-    """Hears of progress; what it raises stops the run after everything finished was recorded."""
-
-    def __call__(self, progress: Progress) -> None: ...
-
-
-@dataclass
-class _Group:
-    """Jobs of one ask group with what is known of them."""
-
-    jobs: Jobs
-    first_id: int
-    end_id: int
-    losses: NDArray[np.float64]
-    violation: NDArray[np.float64]
-    done: NDArray[np.bool_]
-    told: int = 0  # rows told so far
-    entered: int = 0  # rows answered or submitted so far, in order
-    voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
-    answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
-    baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
-
-    def __post_init__(self) -> None:
-        origin = self.jobs.origin or ("",) * len(self.jobs)
-        self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
 
 
 @dataclass
@@ -91,6 +50,9 @@ class StageRun:
         replicate: the noise block of this stage's jobs.
         seeds: what the algorithm proposes first.
         recompute: ask for every group, also for known ones, and compare (verify).
+        free: ask whenever the executor has room. A group is then proposed by the state that was
+            told all ids below the first one that is still open, which its records keep as
+            `told_at_ask`: timing decides, and the records repeat it.
     """
 
     stage: Stage
@@ -108,15 +70,16 @@ class StageRun:
     callbacks: tuple[Callback, ...] = ()
     other_runs: bool = True
     recompute: bool = False
+    free: bool = False
     mismatches: list[str] = field(default_factory=list)
     stop_reason: str = ""
     interrupted: bool = False
 
     def __post_init__(self) -> None:
         self._q = self.algorithm.quantum
-        self._groups: deque[_Group] = deque()
-        self._partial: _Group | None = None  # the newest group while the budget holds it back
-        self._by_id: dict[int, tuple[_Group, int]] = {}
+        self._groups: deque[Group] = deque()
+        self._partial: Group | None = None  # the newest group while the budget holds it back
+        self._by_id: dict[int, tuple[Group, int]] = {}
         # Where repeats are jobs of their own: keys of open jobs with the ids that wait for them,
         # and what became of those that failed.
         self._repeats = self.algorithm.repeats == "allow"
@@ -131,6 +94,8 @@ class StageRun:
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._started = time.monotonic()
+        self._limits = Limits(self.stage)
+        self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.paid = self.hits = self.finished = self.failed = 0
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
         self.best: dict[int, float] = {}
@@ -146,6 +111,7 @@ class StageRun:
         """
         known = self._load()
         self._started = time.monotonic()
+        self._limits.begin()
         try:
             while True:
                 self._fill(known)
@@ -170,8 +136,11 @@ class StageRun:
         if self._repeats:
             for at in np.flatnonzero((known.state != OK) & ~known.cached).tolist():
                 self._broken[known.jobs.keys[at]] = int(known.state[at]), known.reason[at]
+        if self.free:
+            asked = self.store.get_meta(self._asked_name) or {}
+            self._planned = {int(start): told for start, told in asked.items()}
         if self.recompute:
-            self._compare_keys(known)
+            self.mismatches += wrong_keys(known, self.stage.space)
         return known
 
     def _fill(self, known: Known) -> None:
@@ -182,7 +151,7 @@ class StageRun:
                     return
                 continue
             start, q = self._next_id, self._q
-            need = start + q - self.lag
+            need = self._told_for(start, known)
             if not self._answered_below(need):
                 return
             if not self.recompute and start < (end := known.complete_until(q, start)):
@@ -193,6 +162,8 @@ class StageRun:
             if not self._may_ask(q):
                 return
             self._tell_below(need)
+            if self.free and not self.recompute:
+                self._planned[start] = need - self.first_id
             jobs = replace(
                 self.algorithm.ask(start, q),
                 fidelity=self._fidelity,
@@ -201,7 +172,11 @@ class StageRun:
                 told_at_ask=max(0, need - self.first_id),
             )
             if self.recompute:
-                if self._compare(jobs, known, start, q):
+                differing = differences(jobs, known, start, q)
+                if differing is None:
+                    self.stop_reason = "end of records"
+                else:
+                    self.mismatches += differing
                     self._take_known(known, start + q)
                 continue
             if not len(jobs) and self._exhausted(start, q):
@@ -218,9 +193,8 @@ class StageRun:
 
     def _may_ask(self, q: int) -> bool:
         """Whether the budget has room for any job of the next group."""
-        seconds = self.stage.budget.seconds
-        if seconds is not None and time.monotonic() - self._started > seconds:
-            self.stop_reason = "time is up"
+        self.stop_reason = self._limits.reached(self.best.values())
+        if self.stop_reason:
             return False
         if self._left() > 0 or self._baselines_in(self._next_id, q):
             return True
@@ -250,7 +224,7 @@ class StageRun:
     def _open_group(self, jobs: Jobs, first_id: int, known: Known) -> None:
         n, end_id = len(jobs), first_id + self._q
         void = np.setdiff1d(np.arange(first_id, end_id), jobs.ids).tolist()
-        group = _Group(
+        group = Group(
             jobs,
             first_id,
             end_id,
@@ -292,7 +266,7 @@ class StageRun:
             stage=stage,
         )
 
-    def _enter(self, group: _Group, known: Known) -> bool:
+    def _enter(self, group: Group, known: Known) -> bool:
         """Answers or submits the rows of the newest group, in order, as far as the budget goes.
 
         Returns:
@@ -337,7 +311,7 @@ class StageRun:
         self._partial = None if whole else group
         return whole
 
-    def _enter_unknown(self, group: _Group, known: Known) -> list[int]:
+    def _enter_unknown(self, group: Group, known: Known) -> list[int]:
         """The rows of a group of which nothing is known, as far as the budget goes, all at once."""
         if self._repeats or group.answers or group.baseline.any() or known.last >= group.first_id:
             return []
@@ -355,14 +329,14 @@ class StageRun:
         group.entered = stop
         return fresh
 
-    def _record_voids(self, group: _Group, before: int) -> None:
+    def _record_voids(self, group: Group, before: int) -> None:
         ids = []
         while group.voids and group.voids[0] < before:
             ids.append(group.voids.popleft())
         if ids:
             self.store.record_void(ids, self.index, group.jobs.told_at_ask)
 
-    def _answer_from_records(self, group: _Group, row: int, known: Known) -> bool:
+    def _answer_from_records(self, group: Group, row: int, known: Known) -> bool:
         i, key = int(group.jobs.ids[row]), group.jobs.keys[row]
         at = known.row_of.get(i)
         if at is None:
@@ -375,7 +349,8 @@ class StageRun:
         group.losses[row] = known.losses[at]
         group.violation[row] = known.violation[at]
         group.done[row] = True
-        self._count(group, [row], known.cached[[at]], known.state[[at]])
+        one = [at]
+        self._count(group, [row], known.cached[one], known.state[one], known.cost_s[one])
         return True
 
     def _own_answer(self, key: bytes) -> Evaluations | None:
@@ -388,7 +363,7 @@ class StageRun:
         found = self._lookup([key], other_runs=False, stage=self.index)
         return of_answer(found[key]) if key in found else None
 
-    def _submit(self, group: _Group, fresh: list[int]) -> None:
+    def _submit(self, group: Group, fresh: list[int]) -> None:
         assert self.executor is not None
         for start in range(0, len(group.jobs), self.chunk):
             block = [row for row in fresh if start <= row < start + self.chunk]
@@ -399,7 +374,7 @@ class StageRun:
             rows = 0 if self._exact else self.chunk
             self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows))
 
-    def _whole_block(self, group: _Group, start: int) -> list[int]:
+    def _whole_block(self, group: Group, start: int) -> list[int]:
         """All rows of a chunk whose values depend on their neighbours.
 
         Rows that are recorded already, or that the budget leaves out, stand in it as neighbours
@@ -418,6 +393,8 @@ class StageRun:
         finished = self.executor.wait()
         for done in finished:
             self._finish(done)
+        if self.free:
+            self._note_planned()
         self.store.commit()
         if self.callbacks:
             first = self.stage.evaluator.objectives[0]
@@ -477,7 +454,7 @@ class StageRun:
 
     def _record(
         self,
-        group: _Group,
+        group: Group,
         rows: list[int],
         evaluations: Evaluations,
         *,
@@ -501,20 +478,23 @@ class StageRun:
         group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
         group.done[rows] = True
         assert evaluations.state is not None
-        self._count(group, rows, flags, evaluations.state)
+        assert evaluations.cost_s is not None
+        self._count(group, rows, flags, evaluations.state, evaluations.cost_s)
 
     def _count(
         self,
-        group: _Group,
+        group: Group,
         rows: list[int],
         cached: NDArray[np.bool_],
         state: NDArray[np.int8],
+        cost_s: NDArray[np.float64],
     ) -> None:
         """Adds rows that are answered, in id order where repeats are jobs."""
         jobs = group.jobs
         self.finished += len(rows)
         self.failed += int((state != OK).sum())
         self.hits += int(cached.sum())
+        self._limits.spend(cost_s[~cached])
         own = ~group.baseline[rows]
         self.paid += int((own & ~cached & (state != INFEASIBLE)).sum())
         for at in np.flatnonzero(own & cached).tolist():
@@ -522,7 +502,7 @@ class StageRun:
                 self.repeated += 1
             else:
                 self._free_hits += 1
-        good = np.asarray(rows, dtype=np.int64)[state == OK]
+        good = np.asarray(rows, dtype=np.int64)[(state == OK) & (group.violation[rows] == 0)]
         if not len(good):
             return
         found = group.losses[good, 0]
@@ -535,6 +515,32 @@ class StageRun:
             self.best[place] = min(loss, self.best.get(place, np.inf))
 
     # -- the lag rule -----------------------------------------------------------------------
+
+    def _told_for(self, start: int, known: Known) -> int:
+        """The id below which the state is told that proposes the group from `start` on."""
+        if not self.free:
+            return start + self._q - self.lag
+        told = known.told_at_ask(start, start + self._q)
+        told = self._planned.get(start) if told is None else told
+        if told is not None:
+            return self.first_id + told
+        done = self._next_id
+        for group in self._groups:
+            if not group.done.all():
+                done = int(group.jobs.ids[np.argmin(group.done)])
+                break
+        bound = self.algorithm.max_lag
+        return done if bound is None else max(done, start + self._q - max(bound, self._q))
+
+    @property
+    def _asked_name(self) -> str:
+        return f"asked:{self.index}"
+
+    def _note_planned(self) -> None:
+        """Keeps what open groups were told, so that a killed run asks for them in the same way."""
+        end = next((g.first_id for g in self._groups if not g.done.all()), self._next_id)
+        self._planned = {start: told for start, told in self._planned.items() if start >= end}
+        self.store.set_meta(self._asked_name, self._planned)
 
     def _answered_below(self, bound: int) -> bool:
         for group in self._groups:
@@ -568,7 +574,7 @@ class StageRun:
         """Enters whole groups that records answer, without asking for them again."""
         start = self._next_id
         rows = np.flatnonzero((known.jobs.ids >= start) & (known.jobs.ids < end))
-        group = _Group(
+        group = Group(
             known.jobs.take(rows),
             start,
             end,
@@ -583,30 +589,5 @@ class StageRun:
             self._empty_ids = (end - start - 1 - (last - start)) // self._q * self._q
         else:
             self._empty_ids += end - start
-        self._count(group, list(range(len(rows))), known.cached[rows], known.state[rows])
-
-    # -- verify -----------------------------------------------------------------------------
-
-    def _compare_keys(self, known: Known) -> None:
-        keys = self.stage.space.keys(known.jobs.population)
-        for i, key, stored in zip(known.jobs.ids.tolist(), keys, known.jobs.keys, strict=True):
-            if key != stored:
-                self.mismatches.append(
-                    f"id {i}: recorded {stored.hex()}, but the recorded candidate is {key.hex()}"
-                )
-
-    def _compare(self, jobs: Jobs, known: Known, first_id: int, n: int) -> bool:
-        """Holds a recomputed group against the records; False where the records end."""
-        asked = dict(zip(jobs.ids.tolist(), jobs.keys, strict=True))
-        for i in range(first_id, first_id + n):
-            at = known.row_of.get(i)
-            if at is None and i not in known.void_set:
-                self.stop_reason = "end of records"
-                return False
-            stored = None if at is None else known.jobs.keys[at]
-            if asked.get(i) != stored:
-                self.mismatches.append(
-                    f"id {i}: recorded {stored.hex() if stored else 'void'}, "
-                    f"proposed {asked[i].hex() if i in asked else 'void'}"
-                )
-        return True
+        every = list(range(len(rows)))
+        self._count(group, every, known.cached[rows], known.state[rows], known.cost_s[rows])

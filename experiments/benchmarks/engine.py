@@ -26,8 +26,8 @@ from searchlab.algorithms import Evolution, Told
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags, spread
+from searchlab.final import Interval
 from searchlab.population import Jobs, Population
-from searchlab.result import Interval
 from searchlab.search import run
 from searchlab.space import Space
 from searchlab.study import Database
@@ -59,7 +59,8 @@ class Problem:
 
 
 def _hidden(x: NDArray[Any]) -> NDArray[np.float64]:
-    return (x != HIDDEN).sum(axis=1).astype(np.float64)
+    missed: NDArray[np.float64] = (x != HIDDEN).sum(axis=1).astype(np.float64)
+    return missed
 
 
 def _sphere(x: NDArray[Any]) -> NDArray[np.float64]:
@@ -68,7 +69,7 @@ def _sphere(x: NDArray[Any]) -> NDArray[np.float64]:
 
 
 PROBLEMS = (
-    Problem("32 choices of 8", Space(x=Choice(range(8), shape=(32,))), _hidden, 100_000),
+    Problem("32 choices of 8", Space(x=Choice(tuple(range(8)), shape=(32,))), _hidden, 100_000),
     Problem("sphere of 50", Space(x=Real(-5, 5, shape=(50,))), _sphere, 120_000),
 )
 
@@ -311,7 +312,7 @@ def hidden_string(journal: Journal, quick: bool) -> None:
 
 def noise(journal: Journal, quick: bool) -> None:
     """How often the reported interval holds the winner's value without noise."""
-    space = Space(x=Choice(range(8), shape=(8,)))
+    space = Space(x=Choice(tuple(range(8)), shape=(8,)))
     table = np.random.default_rng(5).random((8, 8))
 
     def clean(x: NDArray[Any]) -> NDArray[np.float64]:

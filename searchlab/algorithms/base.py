@@ -34,6 +34,11 @@ class Seeds:
                 f"{len(self.origin)} origins for {len(self.population)} seeds; allowed: one each"
             )
 
+    def joined(self, more: Seeds) -> Seeds:
+        """These seeds and then the others."""
+        rows = Population.concat([self.population, more.population])
+        return Seeds(rows, (*self.origin, *more.origin))
+
 
 @dataclass(frozen=True)
 class Told:
