@@ -12,14 +12,23 @@ from numpy.typing import NDArray
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
 from searchlab.evaluator import losses
-from searchlab.population import Evaluations, Jobs
+from searchlab.population import PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Answer, Records
     from searchlab.space import Space
     from searchlab.study import Store
 
-__all__ = ["Group", "Known", "differences", "of_answer", "stage_answers", "wrong_keys"]
+__all__ = [
+    "Group",
+    "Known",
+    "differences",
+    "of_answer",
+    "stage_answers",
+    "under_bound",
+    "under_bounds",
+    "wrong_keys",
+]
 
 
 @dataclass
@@ -98,11 +107,50 @@ def of_answer(answer: Answer) -> Evaluations:
     """A recorded value as an evaluation of one row."""
     return Evaluations(
         values=answer.values[None],
+        state=np.array([answer.state], np.int8),
+        reason=[answer.reason],
         std_error=None if answer.std_error is None else answer.std_error[None],
         constraints=answer.constraints[None],
         signals=answer.signals[None],
         cost_s=np.array([answer.cost_s]),
     )
+
+
+def under_bound(answer: Answer, bound: float, sign: float) -> Answer | None:
+    """What a recorded value says to a job with a bound of its own, where evaluators can prune.
+
+    A job is pruned if and only if its loss is beyond its bound, and its value is then the bound. A
+    pruned record answers a bound that is equal or tighter; a full one answers every job.
+
+    Args:
+        answer: the record.
+        bound: loss; NaN = none.
+        sign: 1 where the objective is minimised, -1 where it is maximised.
+
+    Returns:
+        The job's own answer, None where the record says too little.
+    """
+    known = sign * float(answer.values[0])
+    if answer.state == PRUNED and not bound <= known:
+        return None
+    if answer.state == PRUNED or known > bound:
+        return answer._replace(
+            values=np.array([sign * bound]),
+            state=PRUNED,
+            reason=answer.reason or "proven worse than its bound",
+        )
+    return answer
+
+
+def under_bounds(found: dict[bytes, Answer], jobs: Jobs, sign: float) -> dict[bytes, Answer]:
+    """The records that answer jobs with bounds, each as its job's own answer."""
+    bounds = np.full(len(jobs), np.nan) if jobs.bound is None else jobs.bound
+    out = {}
+    for key, bound in zip(jobs.keys, bounds.tolist(), strict=True):
+        answer = under_bound(found[key], bound, sign) if key in found else None
+        if answer is not None:
+            out[key] = answer
+    return out
 
 
 def stage_answers(store: Store, stage: Stage, index: int) -> Answers:

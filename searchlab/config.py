@@ -36,6 +36,7 @@ __all__ = [
 ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
 }
 

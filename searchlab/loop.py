@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._stage_limits import Limits
-from searchlab._stage_records import Group, Known, differences, of_answer, wrong_keys
+from searchlab._stage_records import Group, Known, differences, of_answer, under_bounds, wrong_keys
 from searchlab.algorithms.base import Algorithm, Told
 from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
 from searchlab.executors.base import Chunk, Done, Executor
-from searchlab.population import INFEASIBLE, OK, Evaluations, Jobs
+from searchlab.population import INFEASIBLE, OK, PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Answer
@@ -100,6 +100,8 @@ class StageRun:
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
+        self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
+        self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
 
     # -- running ----------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class StageRun:
         known = Known(records.take(np.flatnonzero(records.stage == self.index)), self.stage)
         self.algorithm.issue(known.jobs.ids, known.jobs.keys)
         if self._repeats:
-            for at in np.flatnonzero((known.state != OK) & ~known.cached).tolist():
+            for at in np.flatnonzero(~np.isin(known.state, (OK, PRUNED)) & ~known.cached).tolist():
                 self._broken[known.jobs.keys[at]] = int(known.state[at]), known.reason[at]
         if self.free:
             asked = self.store.get_meta(self._asked_name) or {}
@@ -252,7 +254,10 @@ class StageRun:
             for i, key in rows
             if not (i in known.row_of or key in self._own_keys or self._is_repeat(key, i))
         ]
-        return self._lookup(keys, other_runs=self.other_runs, stage=None) if keys else {}
+        if not keys:
+            return {}
+        found = self._lookup(keys, other_runs=self.other_runs, stage=None)
+        return under_bounds(found, jobs, self._sign) if self._prunes else found
 
     def _lookup(
         self, keys: list[bytes], *, other_runs: bool, stage: int | None
@@ -264,6 +269,7 @@ class StageRun:
             replicate=self.replicate,
             other_runs=other_runs,
             stage=stage,
+            pruned=self._prunes,
         )
 
     def _enter(self, group: Group, known: Known) -> bool:
@@ -397,8 +403,6 @@ class StageRun:
             self._note_planned()
         self.store.commit()
         if self.callbacks:
-            first = self.stage.evaluator.objectives[0]
-            sign = 1.0 if first.direction == "min" else -1.0
             progress = Progress(
                 self.stage.name,
                 self._next_id - self.first_id,
@@ -408,7 +412,7 @@ class StageRun:
                 self.failed,
                 self.stage.budget.evaluations,
                 time.monotonic() - self._started,
-                {group: sign * loss for group, loss in self.best.items()},
+                {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
             )
             for callback in self.callbacks:
@@ -444,7 +448,7 @@ class StageRun:
             answer = done.evaluations.take([position])
             assert answer.state is not None
             assert answer.reason is not None
-            if answer.state[0] != OK:
+            if answer.state[0] not in (OK, PRUNED):
                 self._broken[key] = int(answer.state[0]), answer.reason[0]
             for j in self._waiting.pop(key, []):
                 other, row = self._by_id.pop(j)
@@ -492,7 +496,7 @@ class StageRun:
         """Adds rows that are answered, in id order where repeats are jobs."""
         jobs = group.jobs
         self.finished += len(rows)
-        self.failed += int((state != OK).sum())
+        self.failed += int(((state != OK) & (state != PRUNED)).sum())
         self.hits += int(cached.sum())
         self._limits.spend(cost_s[~cached])
         own = ~group.baseline[rows]

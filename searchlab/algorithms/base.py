@@ -124,6 +124,10 @@ class Algorithm:
     def _learn(self, told: Told) -> None:
         """Takes in answers; split-invariant."""
 
+    def _bound(self, population: Population) -> NDArray[np.float64] | None:
+        """Losses (n,) beyond which these candidates can change nothing; NaN or None = none."""
+        return None
+
     # -- the contract -----------------------------------------------------------------------
 
     def ask(self, first_id: int, n: int) -> Jobs:
@@ -161,7 +165,12 @@ class Algorithm:
             origin=tuple(origin),
             parents=np.concatenate(parents)[: len(ids)],
         )
-        return self._without_repeats(jobs, n_seeds)
+        jobs = self._without_repeats(jobs, n_seeds)
+        bound = self._bound(jobs.population)
+        if bound is None:
+            return jobs
+        baselines = np.array([text.startswith("baseline") for text in jobs.origin], dtype=bool)
+        return replace(jobs, bound=np.where(baselines, np.nan, bound))  # those are always measured
 
     def tell(self, told: Told) -> None:
         """Takes in answers, in id order."""

@@ -59,6 +59,12 @@ class _Pool:
     violation: NDArray[np.float64]
     told: int = 0
 
+    def bound(self, limit: int) -> float:
+        """A loss beyond which nothing enters the pool any more; NaN while there is none."""
+        if len(self.ids) < limit or self.violation[-1] > 0:
+            return float("nan")
+        return float(self.loss[-1])
+
     def merge(self, told: Told, rows: NDArray[np.int64], limit: int) -> None:
         self.told += len(rows)
         v, f = told.violation[rows], told.losses[rows, 0]
@@ -98,6 +104,8 @@ class Evolution(Algorithm):
         neighbour: with niches, the probability that the parents of a child come from the next
             lower or higher niche, so that a longer schedule can start from a shorter one.
         quantum: candidates per ask group.
+        race: give every job a bound: the loss of the worst candidate that is kept for parents.
+            What is beyond it changes neither proposals nor the best, so evaluators may stop there.
     """
 
     name: ClassVar[str] = "evolution"
@@ -117,10 +125,13 @@ class Evolution(Algorithm):
         niches: tuple[int, ...] = (),
         neighbour: float = 0.0,
         quantum: int = 1,
+        race: bool = False,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
         if n_random < 0 or quantum < 1:
             raise ConfigError(f"n_random {n_random}, quantum {quantum}; allowed: >= 0 and >= 1")
+        if race and repeats == "allow":
+            raise ConfigError("race with repeats 'allow'; allowed: redraw")
         if (niche is None) != (not niches):
             raise ConfigError(f"niche {niche!r} with niches {niches}; allowed: both or none")
         self.n_random = n_random
@@ -130,11 +141,13 @@ class Evolution(Algorithm):
         self.niches = tuple(sorted(niches))
         self.neighbour = neighbour
         self.quantum = quantum
+        self.race = race
         self._pools: dict[int, _Pool] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
+            **({"race": True} if self.race else {}),
             "n_random": self.n_random,
             "parents": vars(self.parents),
             "variation": self.variation.settings(),
@@ -155,9 +168,25 @@ class Evolution(Algorithm):
         if self.niche is None:
             self._pool(_EVERYWHERE).merge(told, np.arange(len(told.ids)), self.parents.limit)
             return
-        niches = np.rint(self.space.cost(told.population)[self.niche]).astype(np.int64)
+        niches = self._niches_of(told.population)
         for value in np.unique(niches).tolist():
             self._pool(value).merge(told, np.flatnonzero(niches == value), self.parents.limit)
+
+    def _bound(self, population: Population) -> NDArray[np.float64] | None:
+        if not self.race:
+            return None
+        niches = self._niches_of(population).tolist()
+        limit = self.parents.limit
+        bounds = {
+            value: self._pool(value).bound(limit) if value in self._pools else np.nan
+            for value in set(niches)
+        }
+        return np.array([bounds[value] for value in niches])
+
+    def _niches_of(self, population: Population) -> NDArray[np.int64]:
+        if self.niche is None:
+            return np.full(len(population), _EVERYWHERE)
+        return np.rint(self.space.cost(population)[self.niche]).astype(np.int64)
 
     def _pool(self, niche: int) -> _Pool:
         pool = self._pools.get(niche)
