@@ -14,7 +14,7 @@ from searchlab._study_lease import Owner
 from searchlab._study_schema import errors_named, insert_rows, tables
 from searchlab._study_store import Recorder
 from searchlab.errors import StudyError
-from searchlab.population import OK
+from searchlab.population import OK, PRUNED
 from searchlab.records import ANSWER_COLUMNS, ROW_COLUMNS, Answer, Records, Row, records_from_rows
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Run(Recorder):
         replicate: int,
         other_runs: bool,
         stage: int | None = None,
+        pruned: bool = False,
     ) -> dict[bytes, Answer]:
         """See `Store.lookup`; this run answers before others, and earlier runs before later."""
         with self._lock, errors_named(self._where):
@@ -105,9 +106,11 @@ class Run(Recorder):
             listed = list(wanted)
             for start in range(0, len(listed), _KEYS_AT_ONCE):
                 part = listed[start : start + _KEYS_AT_ONCE]
-                out |= self._stored_answers(part, row_id, fidelity, replicate, other_runs, stage)
-            missing = wanted.keys() - out.keys()
-            return out | self._buffered(set(missing), row_id, fidelity, replicate, stage)
+                out |= self._stored_answers(
+                    part, row_id, fidelity, replicate, other_runs, stage, pruned
+                )
+            missing = {key for key in wanted if key not in out or out[key].state != OK}
+            return out | self._buffered(missing, row_id, fidelity, replicate, stage, pruned)
 
     def _stored_answers(
         self,
@@ -117,6 +120,7 @@ class Run(Recorder):
         replicate: int,
         other_runs: bool,
         stage: int | None,
+        pruned: bool,
     ) -> dict[bytes, Answer]:
         values: dict[str, Any] = {f"k{i}": key for i, key in enumerate(keys)}
         columns = ", ".join(f"r.{name}" for name in ("key", "run", "id", *ANSWER_COLUMNS))
@@ -124,7 +128,8 @@ class Run(Recorder):
         # from walking through the whole run instead.
         statement = (
             f"SELECT {columns} FROM records r WHERE r.key IN ({', '.join(f':{k}' for k in values)})"
-            f" AND r.state < 4 AND r.state = {OK} AND r.evaluator = :evaluator"
+            f" AND r.state < 4 AND r.state IN ({OK}, {PRUNED if pruned else OK})"
+            " AND r.evaluator = :evaluator"
             " AND r.fidelity = :fidelity AND r.replicate = :replicate"
         )
         values |= {"evaluator": evaluator, "fidelity": fidelity, "replicate": replicate}
@@ -138,7 +143,8 @@ class Run(Recorder):
             statement += " AND r.stage = :stage"
             values["stage"] = stage
         rows = self._read(statement, **values)
-        rows.sort(key=lambda row: (row[1] != self._run, row[1], row[2]))
+        place = 3 + ANSWER_COLUMNS.index("state")
+        rows.sort(key=lambda row: (row[place] != OK, row[1] != self._run, row[1], row[2]))
         out: dict[bytes, Answer] = {}
         for key, _, _, *answer in rows:
             if key not in out:

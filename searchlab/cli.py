@@ -103,7 +103,8 @@ def _parser() -> _Parser:
     sub.add_argument("-h", "--help", action="store_true")
 
     sub = add("resume", "go on with a run", _resume)
-    sub.add_argument("--budget", type=int, help="a new, larger budget")
+    sub.add_argument("--budget", help="a new, larger budget: 400, 90min, 6gpuh, 50usd")
+    sub.add_argument("--gpu-price", type=float, help="US dollars per device hour")
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -246,7 +247,8 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     from searchlab.runs import find_run, open_config
 
     address = find_run(options.run, options.database)
-    changes = {} if options.budget is None else {"budget": options.budget}
+    given = {"budget": options.budget, "gpu_price": options.gpu_price}
+    changes = {name: value for name, value in given.items() if value is not None}
     opened = open_config(address, changes=changes)
     return _execute(opened.recipe, opened.options, address.name, address.out, address.database)
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ __all__ = [
     "Final",
     "SearchConfig",
     "Stage",
+    "best_rows",
     "stage_digest",
     "resolve",
 ]
@@ -35,6 +36,7 @@ __all__ = [
 ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
 }
 
@@ -78,11 +80,19 @@ class Budget:
         evaluations: jobs that are paid, baselines apart; None = until the algorithm is exhausted.
         seconds: wall time of the stage in this process.
         includes_hits: count jobs that the cache answered too.
+        device_hours: hours of devices that the evaluations of all processes took.
+        price: US dollars, at `gpu_price` per device hour.
+        gpu_price: US dollars per device hour.
+        target: value of the first objective, in the user's sign, that is good enough.
     """
 
     evaluations: int | None = None
     seconds: float | None = None
     includes_hits: bool = False
+    device_hours: float | None = field(default=None, kw_only=True)
+    price: float | None = field(default=None, kw_only=True)
+    gpu_price: float | None = field(default=None, kw_only=True)
+    target: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         number = self.evaluations
@@ -90,8 +100,19 @@ class Budget:
             isinstance(number, bool) or not isinstance(number, int) or number < 0
         ):
             raise ConfigError(f"budget of {number!r} evaluations; allowed: 0 or more")
-        if self.seconds is not None and self.seconds <= 0:
-            raise ConfigError(f"budget of {self.seconds} seconds; allowed: more than 0")
+        limits = {
+            "seconds": self.seconds,
+            "device hours": self.device_hours,
+            "dollars": self.price,
+            "dollars per device hour": self.gpu_price,
+        }
+        for what, value in limits.items():
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"budget of {value} {what}; allowed: more than 0")
+        if self.price is not None and self.gpu_price is None:
+            raise ConfigError(f"budget of {self.price} dollars; allowed with a gpu_price")
+        if self.target is not None and not np.isfinite(self.target):
+            raise ConfigError(f"target {self.target}; allowed: a finite value")
 
 
 @dataclass(frozen=True)
@@ -128,14 +149,13 @@ class AdoptBest:
     def __call__(self, answers: Answers, space: Space) -> Seeds:
         from searchlab.algorithms.base import Seeds
 
-        rows = _best_rows(answers, self.k, self.per, self.kinds)
+        rows = best_rows(answers, self.k, self.per, self.kinds)
         population = answers.population.take(rows)
         return Seeds(population, tuple(answers.origin[i] for i in rows))
 
 
-def _best_rows(
-    answers: Answers, k: int, per: str | None, kinds: Sequence[str]
-) -> NDArray[np.int64]:
+def best_rows(answers: Answers, k: int, per: str | None, kinds: Sequence[str]) -> NDArray[np.int64]:
+    """Rows of the k best successes of every group and kind, best first."""
     loss = answers.losses[:, 0]
     if per is None:
         groups = np.zeros(len(loss), dtype=np.int64)
@@ -250,7 +270,8 @@ class SearchConfig:
         name: default name of the run.
         seed: the one user seed.
         lag: at most this many jobs are open; fixed when the run is opened. None = chosen from the
-            number of workers.
+            number of workers; "free" = as many as the executor has room for, so that proposals
+            depend on timing and are reproducible from the run's records only.
         chunk: jobs per call of the evaluator; None = the algorithm's quantum.
         group_by: static cost whose integer values are reported apart (model calls, for example).
         groups: the groups that are reported; empty = whatever occurs.
@@ -263,7 +284,7 @@ class SearchConfig:
     stages: tuple[Stage, ...]
     name: str = "search"
     seed: int = 0
-    lag: int | None = None
+    lag: int | Literal["free"] | None = None
     chunk: int | None = None
     group_by: str | None = None
     groups: tuple[int, ...] = ()
@@ -278,8 +299,11 @@ class SearchConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed}; allowed: 0 to 2**63 - 1")
         for name, value in (("lag", self.lag), ("chunk", self.chunk)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value}; allowed: 1 or more")
+            if value == "free" and name == "lag":
+                continue
+            if value is not None and (not isinstance(value, int) or value < 1):
+                more = " or 'free'" if name == "lag" else ""
+                raise ConfigError(f"{name} {value!r}; allowed: 1 or more{more}")
 
     def describe(self) -> dict[str, Any]:
         """JSON that must be equal for a run to be resumed (budgets may grow)."""

@@ -99,7 +99,12 @@ def contenders(
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population.take([row]), key, origin[row], groups[row], ids[row], float(values[row])
+            population.take(slice(row, row + 1)),
+            key,
+            origin[row],
+            groups[row],
+            ids[row],
+            float(values[row]),
         )
     return list(best.values())
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ RECIPES: dict[str, str] = {
 ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
 
 # Options that may differ between the runs of one name: they do not change the trace's prefix.
-GROWABLE = ("budget",)
+GROWABLE = ("budget", "gpu_price", "target")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value not in allowed:
             raise ConfigError(f"{name} {value!r}; allowed: {', '.join(map(str, allowed))}")
         return value
-    kind = kinds[0]
+    if len(kinds) > 1:  # the first that reads the value
+        for kind in kinds[:-1]:
+            with suppress(ConfigError):
+                return convert(name, value, kind)
+    kind = kinds[-1]
     try:
         if kind is bool:
             if isinstance(value, bool):

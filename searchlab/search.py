@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._stage_records import stage_answers
+from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
@@ -57,9 +58,10 @@ class _Pace:
 
     lag: int
     chunk: int
+    free: bool = False
 
 
-def _pace(
+def pace_of(
     index: int,
     first_id: int,
     config: SearchConfig,
@@ -77,7 +79,8 @@ def _pace(
     before = config.stages[index - 1].budget.evaluations if index else None
     if str(index) not in every:
         chunk = stage.chunk or config.chunk or algorithm.quantum
-        lag = config.lag
+        free = config.lag == "free"
+        lag = None if config.lag == "free" else config.lag
         if lag is None:
             # One worker in this process is never idle, so that waiting costs nothing there.
             lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
@@ -86,6 +89,7 @@ def _pace(
             lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
         mine = {
             "lag": lag,
+            "free": free,
             "chunk": chunk,
             "quantum": algorithm.quantum,
             "first_id": first_id,
@@ -99,7 +103,7 @@ def _pace(
             f"run {store.name!r} was opened with quantum {stored['quantum']}, not "
             f"{algorithm.quantum}; allowed: the same"
         )
-    return _Pace(stored["lag"], stored["chunk"])
+    return _Pace(stored["lag"], stored["chunk"], bool(stored.get("free")))
 
 
 def _check_budgets(config: SearchConfig, store: Store) -> None:
@@ -115,7 +119,7 @@ def _check_budgets(config: SearchConfig, store: Store) -> None:
             )
 
 
-def _build(
+def build_algorithm(
     stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store
 ) -> Algorithm:
     seeds = stage.seeds or Seeds(stage.space.empty(), ())
@@ -167,15 +171,15 @@ def run(
         _check_budgets(config, store)
         for index, stage in enumerate(config.stages):
             if stage.adopt is None:  # the others need answers first
-                _build(stage, index, 0, config, store)
+                build_algorithm(stage, index, 0, config, store)
         executor.start(evaluators)
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
             store.register_evaluator(stage_digest(stage), identity, environment())
         first_id = 0
         for index, stage in enumerate(config.stages):
-            algorithm = _build(stage, index, first_id, config, store)
-            pace = _pace(index, first_id, config, algorithm, executor.workers, store)
+            algorithm = build_algorithm(stage, index, first_id, config, store)
+            pace = pace_of(index, first_id, config, algorithm, executor.workers, store)
             leg = StageRun(
                 stage,
                 index,
@@ -190,10 +194,11 @@ def run(
                 group_by=config.group_by,
                 callbacks=tuple(callbacks),
                 other_runs=share,
+                free=pace.free,
             )
             if index == 0:
                 _measure_repeat(stage, algorithm, pace, store)
-                algorithm = leg.algorithm = _build(stage, index, first_id, config, store)
+                algorithm = leg.algorithm = build_algorithm(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
             if leg.interrupted:
@@ -467,42 +472,6 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
     return result
 
 
-# -- verify -------------------------------------------------------------------------------------
-
-
-def verify(config: SearchConfig, store: Store) -> list[str]:
-    """Recomputes every proposal from the recorded values; returns what differs (nothing if equal).
-
-    Evaluates nothing. Holds for every evaluator: proposals are a function of the seed, the lag and
-    the recorded values.
-    """
-    if store.get_meta("pace") is None:
-        raise StudyError(f"run {store.name!r} has no records to verify")
-    begun: dict[str, dict[str, Any]] = store.get_meta("pace")
-    out: list[str] = []
-    for index, stage in enumerate(config.stages):
-        if str(index) not in begun:
-            break  # the run has not come so far
-        first_id = begun[str(index)]["first_id"]
-        algorithm = _build(stage, index, first_id, config, store)
-        pace = _pace(index, first_id, config, algorithm, 1, store)
-        leg = StageRun(
-            replace(stage, budget=Budget()),
-            index,
-            first_id,
-            config.seed,
-            store,
-            None,
-            algorithm,
-            pace.lag,
-            pace.chunk,
-            recompute=True,
-        )
-        leg.run()
-        out += [f"stage {stage.name!r}, {text}" for text in leg.mismatches]
-    return out
-
-
 # -- the short form -----------------------------------------------------------------------------
 
 
@@ -510,11 +479,14 @@ def search(
     space: Space,
     objective: Callable[..., Any] | Evaluator,
     *,
-    budget: int = 200,
+    budget: int | str | Budget = 200,
+    gpu_price: float | None = None,
+    target: float | None = None,
     seed: int = 0,
     algorithm: str | AlgorithmSpec = "evolution",
     direction: Literal["min", "max"] = "min",
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    warm_start: str | Path | None = None,
     final: Final | None = None,
     name: str = "search",
     out: str | Path | None = None,
@@ -528,11 +500,16 @@ def search(
         space: what may vary.
         objective: `f(**values) -> float`, a function decorated with `searchlab.evaluator`, or an
             Evaluator.
-        budget: evaluations to pay for, baselines apart.
+        budget: evaluations to pay for, baselines apart; or a text such as "90min", "6gpuh" or
+            "50usd" (see `searchlab.budget_text`), or a `Budget`.
+        gpu_price: US dollars per device hour, for a budget in dollars.
+        target: a value that is good enough to stop.
         seed: the one seed; equal seeds give equal traces.
         algorithm: a registered name or a spec with options.
         direction: of a plain function's value.
         baselines: name -> values; scored first, shown beside the result and used as parents.
+        warm_start: name (in `database`) or folder of another run over an equal space; its ten best
+            are proposed after the baselines. It must not have gone on when this run is resumed.
         final: rescore the best on splits the search never saw; for evaluators with replicates.
         name: of the run.
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
@@ -544,6 +521,9 @@ def search(
     Returns:
         The result; `result.best.plan` holds the values.
     """
+    from searchlab.budget_text import parse_budget
+
+    limit = parse_budget(budget, gpu_price=gpu_price, target=target)
     evaluator = _as_evaluator(space, objective, direction, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
@@ -554,7 +534,12 @@ def search(
             if not feasible[row]:
                 raise ConfigError(f"baseline {key!r} is not allowed by the space")
         seeds = Seeds(population, tuple(f"baseline:{key}" for key in baselines))
-    stage = Stage("search", space, evaluator, spec, Budget(budget), seeds=seeds)
+    if warm_start is not None:
+        from searchlab.warm_start import best_of_run
+
+        warm = best_of_run(warm_start, space, evaluator.objectives[0], database=database)
+        seeds = warm if seeds is None else seeds.joined(warm)
+    stage = Stage("search", space, evaluator, spec, limit, seeds=seeds)
     config = SearchConfig((stage,), name=name, seed=seed, final=final)
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)

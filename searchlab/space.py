@@ -267,10 +267,9 @@ class Space:
     def keys(self, population: Population) -> tuple[bytes, ...]:
         """Canonical keys of canonical candidates: blake2b of the row's bytes, 16 bytes each."""
         raw, width = self._packed(population)
-        return tuple(
-            blake2b(raw[i : i + width], digest_size=KEY_BYTES).digest()
-            for i in range(0, width * len(population), width)
-        )
+        size = KEY_BYTES
+        starts = range(0, width * len(population), width)
+        return tuple([blake2b(raw[i : i + width], digest_size=size).digest() for i in starts])
 
     def _packed(self, population: Population) -> tuple[bytes, int]:
         n = len(population)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError
 
-__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "uniforms"]
+__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "uniforms", "uniforms_of"]
 
 # Purposes 0-99 are proposals: the number is the redraw attempt.
 PARENTS = 100
@@ -46,3 +48,22 @@ def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDAr
     generator.advance(first_id * blocks)
     words = np.random.Generator(generator).random(n * blocks * _WORDS_PER_BLOCK)
     return words.reshape(n, blocks * _WORDS_PER_BLOCK)[:, :width]
+
+
+def uniforms_of(seed: int, purpose: int, ids: NDArray[np.int64], width: int) -> NDArray[np.float64]:
+    """Uniforms of increasing ids that need not be neighbours; rows are those of `uniforms`."""
+    n = len(ids)
+    if n == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
+        return uniforms(seed, purpose, int(ids[0]) if n else 0, n, width)
+    blocks = -(-width // _WORDS_PER_BLOCK)
+    philox = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64))
+    generator = np.random.Generator(philox)
+    words = np.empty((n, blocks * _WORDS_PER_BLOCK))
+    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), n]
+    place = 0  # the id that the generator stands at
+    for start, stop in itertools.pairwise(breaks):
+        first = int(ids[start])
+        philox.advance((first - place) * blocks)
+        generator.random(out=words[start:stop])
+        place = first + stop - start
+    return words[:, :width]

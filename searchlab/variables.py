@@ -226,8 +226,12 @@ class Choice(Variable):
         if k == 1:
             return values
         # A step of 1..k-1 around the ring: uniform over the other labels, never the same one.
-        step = 1 + (self._block(u) * (k - 1)).astype(np.int64)
-        return np.where(mask, (values + step) % k, values).astype(self.dtype)
+        # Few elements change, so only those are computed.
+        where = np.nonzero(mask)
+        step = 1 + (self._block(u)[where] * (k - 1)).astype(np.int64)
+        out = np.array(values, dtype=self.dtype)
+        out[where] = (out[where] + step) % k
+        return out
 
     def valid(self, values: Array, active: Array) -> Array:
         return self._rows((values >= 0) & (values < len(self.labels)))
@@ -386,8 +390,11 @@ class Real(Variable):
         return np.minimum(self.low + self._block(u) * (self.high - self.low), self.high)
 
     def mutate(self, values: Array, mask: Array, u: Array, active: Array | None = None) -> Array:
-        moved = values + normals(self._block(u)) * self.step * (self.high - self.low)
-        return np.where(mask, reflect(moved, self.low, self.high), values)
+        where = np.nonzero(mask)  # few elements change, and normals are dear
+        moves = normals(self._block(u)[where]) * self.step * (self.high - self.low)
+        out = np.array(values, dtype=self.dtype)
+        out[where] = reflect(out[where] + moves, self.low, self.high)
+        return out
 
     def valid(self, values: Array, active: Array) -> Array:
         return self._rows(((values >= self.low) & (values <= self.high)) | ~active)
