@@ -15,7 +15,7 @@ from searchlab.algorithms.base import Algorithm, Told
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
-from searchlab.executors.base import Chunk, Done, Executor
+from searchlab.executors.base import Chunk, Done, Executor, Usage, usage_of
 from searchlab.population import INFEASIBLE, OK, Evaluations, Jobs
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Progress:
     seconds: float
     best: dict[int, float]
     done: tuple[Done, ...] = ()
+    usage: Usage | None = None
 
 
 class Callback(Protocol):
@@ -409,6 +410,7 @@ class StageRun:
                 time.monotonic() - self._started,
                 {group: sign * loss for group, loss in self.best.items()},
                 tuple(finished),
+                usage_of(self.executor),
             )
             for callback in self.callbacks:
                 callback(progress)

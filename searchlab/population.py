@@ -37,6 +37,10 @@ class Population:
         self._columns: dict[str, NDArray[Any]] = views
         self._length = lengths.pop() if lengths else 0
 
+    def __reduce__(self) -> tuple[type[Population], tuple[dict[str, NDArray[Any]]]]:
+        """Columns come out of another process as read-only as they went in."""
+        return Population, (self._columns,)
+
     @property
     def columns(self) -> Mapping[str, NDArray[Any]]:
         return self._columns

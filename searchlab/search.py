@@ -26,7 +26,15 @@ from searchlab.evaluator import (
     Objective,
     environment,
 )
-from searchlab.executors import Executor, LocalExecutor
+from searchlab.executors import (
+    Chunk,
+    Done,
+    Executor,
+    ExecutorOptions,
+    LocalExecutor,
+    ProcessExecutor,
+    usage_of,
+)
 from searchlab.final import (
     FINAL_ID,
     FINAL_STAGE,
@@ -81,9 +89,7 @@ def _pace(
         if lag is None:
             # One worker in this process is never idle, so that waiting costs nothing there.
             lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
-        lag = max(lag, algorithm.quantum)
-        if algorithm.max_lag is not None:
-            lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
+        lag = _allowed_lag(lag, algorithm)
         mine = {
             "lag": lag,
             "chunk": chunk,
@@ -94,12 +100,26 @@ def _pace(
         every = {**every, str(index): mine}
         store.set_meta("pace", every)
     stored = every[str(index)]
-    if stored["quantum"] != algorithm.quantum:
-        raise StudyError(
-            f"run {store.name!r} was opened with quantum {stored['quantum']}, not "
-            f"{algorithm.quantum}; allowed: the same"
-        )
+    asked = {"quantum": algorithm.quantum, "lag": _allowed_lag(config.lag, algorithm)}
+    if stage.chunk is None:
+        asked["chunk"] = config.chunk
+    for what, value in asked.items():
+        if value is not None and value != stored[what]:
+            raise StudyError(
+                f"run {store.name!r} was opened with {what} {stored[what]}, not {value}; "
+                "allowed: the same"
+            )
     return _Pace(stored["lag"], stored["chunk"])
+
+
+def _allowed_lag(lag: int | None, algorithm: Algorithm) -> int | None:
+    """A lag within what the algorithm can bear."""
+    if lag is None:
+        return None
+    lag = max(lag, algorithm.quantum)
+    if algorithm.max_lag is not None:
+        lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
+    return lag
 
 
 def _check_budgets(config: SearchConfig, store: Store) -> None:
@@ -192,7 +212,7 @@ def run(
                 other_runs=share,
             )
             if index == 0:
-                _measure_repeat(stage, algorithm, pace, store)
+                _measure_repeat(stage, algorithm, pace, store, executor, leg.evaluator_index)
                 algorithm = leg.algorithm = _build(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
@@ -207,10 +227,16 @@ def run(
                 _run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        store.set_meta("usage", _usage_json(executor))
         seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
         store.set_meta("seconds", seconds)
         store.set_meta("stop_reason", stop_reason)
-        result.meta.update(status=status, stop_reason=stop_reason, seconds=seconds)
+        result.meta.update(
+            status=status,
+            stop_reason=stop_reason,
+            seconds=seconds,
+            usage=store.get_meta("usage"),
+        )
         store.set_meta("result", result.to_json())
         store.commit()
         return result
@@ -230,11 +256,33 @@ def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
     return tuple(out)
 
 
-def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Store) -> None:
+def _usage_json(executor: Executor) -> dict[str, Any] | None:
+    """How busy the workers of this process's run were, for the table's last line."""
+    usage = usage_of(executor)
+    if usage is None:
+        return None
+    return {
+        "workers": usage.workers,
+        "utilisation": round(usage.utilisation, 4),
+        "deaths": usage.deaths,
+        "timeouts": usage.timeouts,
+        "repeats": usage.repeats,
+    }
+
+
+def _measure_repeat(
+    stage: Stage,
+    algorithm: Algorithm,
+    pace: _Pace,
+    store: Store,
+    executor: Executor,
+    evaluator: int,
+) -> None:
     """Evaluates the first candidate alone and inside a full chunk; stores the difference.
 
-    Done at the cheapest fidelity, with whatever the evaluator keeps between calls forgotten, and
-    charged to nobody. A claim of exactness that does not hold here becomes an error.
+    Done by the workers, several of them where there are, at the cheapest fidelity, with whatever
+    the evaluator keeps between calls forgotten, and charged to nobody. A claim of exactness that
+    does not hold here becomes a warning.
     """
     if store.get_meta("repeat") is not None:
         return
@@ -242,18 +290,18 @@ def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Stor
     fresh = algorithm.ask(algorithm.first_id, size)
     if not len(fresh):
         return
-    forget: Callable[[], None] = getattr(stage.evaluator, "forget", lambda: None)
     rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
     jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
-    try:
-        forget()
-        together = stage.evaluator.evaluate(jobs).values[0]
-        forget()
-        alone = stage.evaluator.evaluate(jobs.take([0])).values[0]
-        forget()
-        again = stage.evaluator.evaluate(jobs.take([0])).values[0]
-    except Exception:  # the search itself will record this failure with its reason
-        return
+    chunks = [Chunk(part, evaluator, forget=True) for part in (jobs, *[jobs.take([0])] * 2)]
+    for chunk in chunks:
+        executor.submit(chunk)
+    done: list[Done] = []
+    while len(done) < len(chunks):
+        done += executor.wait()
+    if any(part.traceback and (part.evaluations.state != OK).all() for part in done):
+        return  # the search itself will record this failure with its reason
+    answers = {id(part.chunk): part.evaluations.values[0] for part in done}
+    together, alone, again = (answers[id(chunk)] for chunk in chunks)
     alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
     in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))
     store.set_meta("repeat", {"alone_twice": alone_again, "alone_or_in_chunk": in_batch})
@@ -463,6 +511,7 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         status=store.get_meta("status"),
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
+        usage=store.get_meta("usage"),
     )
     return result
 
@@ -519,7 +568,12 @@ def search(
     name: str = "search",
     out: str | Path | None = None,
     database: str | Path | None = None,
-    executor: Executor | None = None,
+    executor: str | Executor | None = None,
+    workers: int | None = None,
+    lag: int | None = None,
+    chunk: int | None = None,
+    deadline: float | None = None,
+    retries: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Searches a space for what an objective likes best.
@@ -538,12 +592,26 @@ def search(
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
             run a database there, and the same call goes on with the run.
         database: a SQLite path or an SQLAlchemy URL; in memory when neither it nor `out` is given.
-        executor: where candidates are evaluated; this process by default.
+        executor: where candidates are evaluated: "local" (this process, the default of one
+            worker), "processes" (the default of several), or an executor of your own.
+        workers: how many candidates (chunks) are evaluated at once; 1 by default.
+        lag: at most this many evaluations are open; 2 per worker by default. Runs of equal seed,
+            lag and chunk are equal, whatever their workers. Kept by the run.
+        chunk: candidates per call of the evaluator; kept by the run.
+        deadline: seconds that one call of the evaluator may take; needs processes.
+        retries: how often a call is repeated whose worker died or was too slow; needs processes.
         callbacks: called after every recorded batch.
 
     Returns:
         The result; `result.best.plan` holds the values.
+
+    Raises:
+        ConfigError: a function that worker processes cannot load, among other bad input.
     """
+    if executor is None or isinstance(executor, str):
+        executor = ExecutorOptions(executor, workers, deadline, retries).build()
+    elif (workers, deadline, retries) != (None, None, None):
+        raise ConfigError("workers, deadline and retries belong to the executor that is given")
     evaluator = _as_evaluator(space, objective, direction, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
@@ -555,7 +623,9 @@ def search(
                 raise ConfigError(f"baseline {key!r} is not allowed by the space")
         seeds = Seeds(population, tuple(f"baseline:{key}" for key in baselines))
     stage = Stage("search", space, evaluator, spec, Budget(budget), seeds=seeds)
-    config = SearchConfig((stage,), name=name, seed=seed, final=final)
+    config = SearchConfig((stage,), name=name, seed=seed, lag=lag, chunk=chunk, final=final)
+    if isinstance(executor, ProcessExecutor):
+        executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)
     from searchlab.runs import run_in_database
