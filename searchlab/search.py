@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._repeat import measure_repeat
 from searchlab._stage_records import stage_answers
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
@@ -27,8 +28,6 @@ from searchlab.evaluator import (
     environment,
 )
 from searchlab.executors import (
-    Chunk,
-    Done,
     Executor,
     ExecutorOptions,
     LocalExecutor,
@@ -89,7 +88,9 @@ def _pace(
         if lag is None:
             # One worker in this process is never idle, so that waiting costs nothing there.
             lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
-        lag = _allowed_lag(lag, algorithm)
+        lag = max(lag, algorithm.quantum)
+        if algorithm.max_lag is not None:
+            lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
         mine = {
             "lag": lag,
             "chunk": chunk,
@@ -100,26 +101,12 @@ def _pace(
         every = {**every, str(index): mine}
         store.set_meta("pace", every)
     stored = every[str(index)]
-    asked = {"quantum": algorithm.quantum, "lag": _allowed_lag(config.lag, algorithm)}
-    if stage.chunk is None:
-        asked["chunk"] = config.chunk
-    for what, value in asked.items():
-        if value is not None and value != stored[what]:
-            raise StudyError(
-                f"run {store.name!r} was opened with {what} {stored[what]}, not {value}; "
-                "allowed: the same"
-            )
+    if stored["quantum"] != algorithm.quantum:
+        raise StudyError(
+            f"run {store.name!r} was opened with quantum {stored['quantum']}, not "
+            f"{algorithm.quantum}; allowed: the same"
+        )
     return _Pace(stored["lag"], stored["chunk"])
-
-
-def _allowed_lag(lag: int | None, algorithm: Algorithm) -> int | None:
-    """A lag within what the algorithm can bear."""
-    if lag is None:
-        return None
-    lag = max(lag, algorithm.quantum)
-    if algorithm.max_lag is not None:
-        lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
-    return lag
 
 
 def _check_budgets(config: SearchConfig, store: Store) -> None:
@@ -212,7 +199,12 @@ def run(
                 other_runs=share,
             )
             if index == 0:
-                _measure_repeat(stage, algorithm, pace, store, executor, leg.evaluator_index)
+                try:
+                    at = leg.evaluator_index
+                    measure_repeat(stage, algorithm, pace.chunk, store, executor, at)
+                except KeyboardInterrupt:
+                    status = "interrupted"
+                    break
                 algorithm = leg.algorithm = _build(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
@@ -227,7 +219,8 @@ def run(
                 _run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
-        store.set_meta("usage", _usage_json(executor))
+        usage = usage_of(executor)
+        store.set_meta("usage", usage.to_json() if usage else None)
         seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
         store.set_meta("seconds", seconds)
         store.set_meta("stop_reason", stop_reason)
@@ -254,69 +247,6 @@ def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
         if not any(stage.evaluator is known for known in out):
             out.append(stage.evaluator)
     return tuple(out)
-
-
-def _usage_json(executor: Executor) -> dict[str, Any] | None:
-    """How busy the workers of this process's run were, for the table's last line."""
-    usage = usage_of(executor)
-    if usage is None:
-        return None
-    return {
-        "workers": usage.workers,
-        "utilisation": round(usage.utilisation, 4),
-        "deaths": usage.deaths,
-        "timeouts": usage.timeouts,
-        "repeats": usage.repeats,
-    }
-
-
-def _measure_repeat(
-    stage: Stage,
-    algorithm: Algorithm,
-    pace: _Pace,
-    store: Store,
-    executor: Executor,
-    evaluator: int,
-) -> None:
-    """Evaluates the first candidate alone and inside a full chunk; stores the difference.
-
-    Done by the workers, several of them where there are, at the cheapest fidelity, with whatever
-    the evaluator keeps between calls forgotten, and charged to nobody. A claim of exactness that
-    does not hold here becomes a warning.
-    """
-    if store.get_meta("repeat") is not None:
-        return
-    size = max(2, pace.chunk)
-    fresh = algorithm.ask(algorithm.first_id, size)
-    if not len(fresh):
-        return
-    rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
-    jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
-    chunks = [Chunk(part, evaluator, forget=True) for part in (jobs, *[jobs.take([0])] * 2)]
-    for chunk in chunks:
-        executor.submit(chunk)
-    done: list[Done] = []
-    while len(done) < len(chunks):
-        done += executor.wait()
-    if any(part.traceback and (part.evaluations.state != OK).all() for part in done):
-        return  # the search itself will record this failure with its reason
-    answers = {id(part.chunk): part.evaluations.values[0] for part in done}
-    together, alone, again = (answers[id(chunk)] for chunk in chunks)
-    alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
-    in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))
-    store.set_meta("repeat", {"alone_twice": alone_again, "alone_or_in_chunk": in_batch})
-    if stage.evaluator.reproducibility == "exact" and max(alone_again, in_batch) > 0:
-        import warnings
-
-        from searchlab.errors import SearchlabWarning
-
-        warnings.warn(
-            f"the evaluator says 'exact', but its first candidate differs by {alone_again:.3g} "
-            f"between two calls and by {in_batch:.3g} between alone and in a chunk; "
-            "its trace is then only repeatable on the same machine and chunk size",
-            SearchlabWarning,
-            stacklevel=3,
-        )
 
 
 # -- results ------------------------------------------------------------------------------------

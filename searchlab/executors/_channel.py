@@ -1,14 +1,30 @@
-"""Messages between the driver and one worker: whole ones, however much arrives at once."""
+"""Messages between the driver and one worker: whole ones, however much arrives at once.
+
+They are pickled: both ends are processes of one user and one run, joined by an unnamed pair of
+sockets. Nothing that comes from a file or from another machine passes here.
+"""
 
 from __future__ import annotations
 
+import pickle
 import socket
 import struct
+from typing import Any
 
-__all__ = ["DriverEnd", "WorkerEnd"]
+__all__ = ["DriverEnd", "WorkerEnd", "packed", "unpacked"]
 
 _LENGTH = struct.Struct("!Q")
 _PIECE = 1 << 18
+
+
+def packed(content: object) -> bytes:
+    """A message that holds an object."""
+    return pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+
+
+def unpacked(message: bytes) -> Any:
+    """The object of a message."""
+    return pickle.loads(message)
 
 
 class WorkerEnd:

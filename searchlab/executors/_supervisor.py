@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import queue
 import select
 import signal
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from searchlab.evaluator import Evaluator
-from searchlab.executors._channel import DriverEnd
+from searchlab.executors._channel import DriverEnd, unpacked
 from searchlab.executors.base import Chunk, Done, failed_chunk
 
 __all__ = ["Broken", "Retries", "Supervisor", "Task"]
@@ -231,7 +230,7 @@ class Supervisor:
 
     def _hear(self, worker: _Worker, message: bytes) -> None:
         try:
-            kind, *parts = pickle.loads(message)
+            kind, *parts = unpacked(message)
         except Exception as error:  # something that only the worker could import
             reason = f"the answer cannot be read: {type(error).__name__}: {error}"
             kind, parts = "unread", [" ".join(reason.split())]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing.spawn
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from searchlab.executors._channel import WorkerEnd
+from searchlab.executors._channel import WorkerEnd, packed, unpacked
 
 if TYPE_CHECKING:
     from searchlab.evaluator import Evaluator
@@ -55,13 +54,13 @@ def main() -> None:
     _end_with(int(sys.argv[3]))
     name = sys.argv[4]
     try:
-        opening: Opening = pickle.loads(end.receive())
+        opening: Opening = unpacked(end.receive())
         evaluators = _open(opening, end)
         if evaluators is None:
             return
-        end.send(pickle.dumps(("ready",)))
+        end.send(packed(("ready",)))
         while message := end.receive():
-            end.send(_answer(evaluators, pickle.loads(message), name))
+            end.send(_answer(evaluators, unpacked(message), name))
     except (EOFError, ConnectionError):
         return  # the driver is gone
 
@@ -97,7 +96,7 @@ def _open(opening: Opening, end: WorkerEnd) -> tuple[Evaluator, ...] | None:
         multiprocessing.spawn.prepare(opening.main)
         _preparing = False
         step = "load"
-        evaluators: tuple[Evaluator, ...] = pickle.loads(opening.evaluators)
+        evaluators: tuple[Evaluator, ...] = unpacked(opening.evaluators)
         _set_threads(opening.threads)
         step = "setup"
         for evaluator in evaluators:
@@ -105,7 +104,7 @@ def _open(opening: Opening, end: WorkerEnd) -> tuple[Evaluator, ...] | None:
         _set_threads(opening.threads)  # torch may have come with it
     except (Exception, SystemExit) as error:
         text = traceback.format_exc()
-        end.send(pickle.dumps(("broken", step, type(error).__name__, _line(error), text)))
+        end.send(packed(("broken", step, type(error).__name__, _line(error), text)))
         return None
     return evaluators
 
@@ -136,4 +135,4 @@ def _answer(evaluators: tuple[Evaluator, ...], chunk: Chunk, name: str) -> bytes
 
 def _message(done: Done) -> bytes:
     parts = (done.evaluations, done.started, done.finished, done.traceback)
-    return pickle.dumps(("done", *parts), pickle.HIGHEST_PROTOCOL)
+    return packed(("done", *parts))

@@ -78,6 +78,16 @@ class Usage:
         """Share of the workers' time that was spent in evaluations, 0 to 1."""
         return min(1.0, self.busy_s / (self.workers * self.wall_s)) if self.wall_s > 0 else 0.0
 
+    def to_json(self) -> dict[str, float]:
+        """The figures that a result shows."""
+        return {
+            "workers": self.workers,
+            "utilisation": round(self.utilisation, 4),
+            "deaths": self.deaths,
+            "timeouts": self.timeouts,
+            "repeats": self.repeats,
+        }
+
 
 class Executor(Protocol):
     """Runs chunks. `submit` never blocks; `wait` returns what has finished."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import pickle
 import queue
 import sys
 import time
@@ -14,6 +13,7 @@ from searchlab import errors
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError
 from searchlab.evaluator import Evaluator, FunctionEvaluator
 from searchlab.executors import _worker
+from searchlab.executors._channel import packed
 from searchlab.executors._supervisor import Broken, Retries, Supervisor, Task
 from searchlab.executors.base import Chunk, Done, Usage
 
@@ -72,7 +72,7 @@ class ProcessExecutor:
         """Raises ConfigError naming an evaluator that cannot be sent to a worker."""
         for evaluator in evaluators:
             try:
-                pickle.dumps(evaluator, pickle.HIGHEST_PROTOCOL)
+                packed(evaluator)
             except Exception as error:
                 raise ConfigError(
                     f"{_name(evaluator)} cannot be sent to worker processes "
@@ -94,13 +94,11 @@ class ProcessExecutor:
             )
         self.close()
         self.check(evaluators)
-        opening = _worker.Opening(
-            _main_module(), pickle.dumps(evaluators, pickle.HIGHEST_PROTOCOL), self._threads
-        )
+        opening = _worker.Opening(_main_module(), packed(evaluators), self._threads)
         self._began, self._closed_usage, self._open = None, None, 0
         self._supervisor = Supervisor(
             evaluators,
-            pickle.dumps(opening),
+            packed(opening),
             workers=self.workers,
             deadline=self._deadline,
             retries=self._retries,
@@ -123,7 +121,7 @@ class ProcessExecutor:
         """Queues a chunk for the next worker."""
         if self._began is None:
             self._began = time.monotonic()
-        self._running().submit(Task(chunk, pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL)))
+        self._running().submit(Task(chunk, packed(chunk)))
         self._open += 1
 
     def wait(self, timeout: float | None = None) -> list[Done]:
