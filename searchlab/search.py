@@ -220,7 +220,8 @@ def run(
             except KeyboardInterrupt:
                 status = "interrupted"
         usage = usage_of(executor)
-        store.set_meta("usage", usage.to_json() if usage else None)
+        if usage is not None and usage.busy_s > 0:
+            store.set_meta("usage", usage.to_json())
         seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
         store.set_meta("seconds", seconds)
         store.set_meta("stop_reason", stop_reason)
