@@ -27,6 +27,7 @@ __all__ = ["Broken", "Retries", "Supervisor", "Task"]
 
 TICK = 0.25  # seconds between looks at workers whose death their children hide
 STARTS = 5  # a worker that fails to start so often in a row is given up
+FIRST_STARTS = 3  # the same when the run begins
 PAUSE = 0.1  # seconds before a worker is started again after it failed to, doubled each time
 GRACE = 1.0  # seconds that idle workers have to end by themselves
 _BOOT = (
@@ -317,7 +318,8 @@ class Supervisor:
         if not was_ready:
             worker.starts += 1
             broken = worker.broken or Broken("boot", "", f"the worker {_ending(code)}")
-            if not self._announced:
+            # What a worker says of itself would be the same again; a death may be an accident.
+            if not self._announced and (broken.step != "boot" or worker.starts >= FIRST_STARTS):
                 self._announced = True
                 self.opened.put(broken)
                 return
