@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from searchlab.executors.base import Done
+    from searchlab.executors.base import Done, Usage
 
 __all__ = ["Callback", "Progress"]
 
@@ -25,6 +25,7 @@ class Progress:
     seconds: float
     best: dict[int, float]
     done: tuple[Done, ...] = ()
+    usage: Usage | None = None
 
 
 class Callback(Protocol):

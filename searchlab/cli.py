@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from searchlab import __version__
+from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
 from searchlab.errors import (
     ConfigError,
     DataError,
@@ -105,6 +106,7 @@ def _parser() -> _Parser:
     sub = add("resume", "go on with a run", _resume)
     sub.add_argument("--budget", help="a new, larger budget: 400, 90min, 6gpuh, 50usd")
     sub.add_argument("--gpu-price", type=float, help="US dollars per device hour")
+    add_flags(sub)
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -138,8 +140,10 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
     general.add_argument("--name", help="name of the run; the recipe's by default")
     general.add_argument("--database", help="SQLite path or URL; runs/searchlab.db by default")
     general.add_argument("--quiet", action="store_true", help="no progress line")
+    flags = flags_of(recipe)
+    add_flags(parser, taken=[name for name, *_ in flags])
     own = parser.add_argument_group("the search")
-    for name, text, default, flag in flags_of(recipe):
+    for name, text, default, flag in flags:
         shown = text.replace("%", "%%") + ("" if default is None else f" ({default})")
         option = f"--{name.replace('_', '-')}"
         if flag:
@@ -182,16 +186,24 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     database = given.database or DEFAULT_DATABASE
     if given.dry_run:
         return _dry_run(recipe, chosen, name, out, database)
-    return _execute(recipe, chosen, name, out, database, quiet=given.quiet)
+    return _execute(recipe, chosen, name, out, database, given, quiet=given.quiet)
 
 
 def _execute(
-    recipe: Recipe, chosen: Any, name: str, out: Path, database: str, *, quiet: bool = False
+    recipe: Recipe,
+    chosen: Any,
+    name: str,
+    out: Path,
+    database: str,
+    given: argparse.Namespace,
+    *,
+    quiet: bool = False,
 ) -> int:
     from searchlab.progress import ProgressLine
     from searchlab.runs import run_recipe, write_artefacts
 
-    config = recipe.build(chosen)
+    executor = executor_options(given)
+    config = with_pace(recipe.build(chosen), given)
     line = ProgressLine(unit=config.group_by or "")
     opened: list[bool] = []
     try:
@@ -203,6 +215,7 @@ def _execute(
             database=database,
             callbacks=() if quiet else (line,),
             config=config,
+            executor=executor.build(),
             opened=lambda: opened.append(True),
         )
         line.done()
@@ -228,6 +241,11 @@ def _counts_line(result: Result) -> str:
     seconds = result.meta.get("seconds")
     stop = result.meta.get("stop_reason")
     tail = f"; {seconds:.0f} s" if seconds else ""
+    usage = result.meta.get("usage")
+    if usage and usage["workers"] > 1:
+        tail += f"; {usage['workers']} workers {100 * usage['utilisation']:.0f} % busy"
+        lost = usage["deaths"] + usage["timeouts"]
+        tail += f", {lost} lost" if lost else ""
     return f"\n{counts}; seed {result.meta['seed']}{tail}" + (
         f"; stopped by {stop}" if stop else ""
     )
@@ -250,7 +268,9 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     given = {"budget": options.budget, "gpu_price": options.gpu_price}
     changes = {name: value for name, value in given.items() if value is not None}
     opened = open_config(address, changes=changes)
-    return _execute(opened.recipe, opened.options, address.name, address.out, address.database)
+    check_pace(options, opened.pace)
+    place = address.name, address.out, address.database
+    return _execute(opened.recipe, opened.options, *place, options)
 
 
 # -- looking at runs ----------------------------------------------------------------------------

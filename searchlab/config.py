@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALGORITHMS",
+    "EXECUTORS",
     "AdoptBest",
     "AlgorithmSpec",
     "Answers",
@@ -39,7 +40,10 @@ ALGORITHMS: dict[str, str] = {
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
 }
-
+EXECUTORS: dict[str, str] = {
+    "local": "searchlab.executors.local:LocalExecutor",
+    "processes": "searchlab.executors.processes:ProcessExecutor",
+}
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
 

@@ -17,7 +17,7 @@ from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
-from searchlab.executors.base import Chunk, Done, Executor
+from searchlab.executors.base import Chunk, Done, Executor, usage_of
 from searchlab.population import INFEASIBLE, OK, PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
@@ -414,6 +414,7 @@ class StageRun:
                 time.monotonic() - self._started,
                 {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
+                usage_of(self.executor),
             )
             for callback in self.callbacks:
                 callback(progress)

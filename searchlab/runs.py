@@ -113,6 +113,7 @@ class Opened:
     recipe: Recipe
     options: Any
     config: SearchConfig
+    pace: Mapping[str, Any] | None = None
 
 
 def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None) -> Opened:
@@ -131,6 +132,7 @@ def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None
     try:
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
+        pace = store.get_meta("pace")
         store.close("")
     finally:
         base.close()
@@ -141,7 +143,7 @@ def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None
         )
     recipe = load_recipe(recipe_name)
     values = options_from(recipe, {**(options or {}), **(changes or {})})
-    return Opened(address, recipe, values, recipe.build(values))
+    return Opened(address, recipe, values, recipe.build(values), pace)
 
 
 def run_recipe(
@@ -153,6 +155,7 @@ def run_recipe(
     database: str,
     callbacks: Sequence[Callback] = (),
     config: SearchConfig | None = None,
+    executor: Executor | None = None,
     opened: Callable[[], None] = lambda: None,
 ) -> Result:
     """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
@@ -162,6 +165,7 @@ def run_recipe(
         name, out, database: where it is kept.
         callbacks: see `searchlab.search.run`.
         config: of the recipe and the options, where it was built before.
+        executor: where candidates are evaluated; this process by default.
         opened: called when the run is open: errors before it are about the input.
 
     Raises:
@@ -174,7 +178,7 @@ def run_recipe(
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
         opened()
-        result = run(config, store=store, callbacks=callbacks)
+        result = run(config, store=store, executor=executor, callbacks=callbacks)
     result.out = out
     return result
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._repeat import measure_repeat
 from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
@@ -27,7 +28,13 @@ from searchlab.evaluator import (
     Objective,
     environment,
 )
-from searchlab.executors import Executor, LocalExecutor
+from searchlab.executors import (
+    Executor,
+    ExecutorOptions,
+    LocalExecutor,
+    ProcessExecutor,
+    usage_of,
+)
 from searchlab.final import (
     FINAL_ID,
     FINAL_STAGE,
@@ -197,7 +204,12 @@ def run(
                 free=pace.free,
             )
             if index == 0:
-                _measure_repeat(stage, algorithm, pace, store)
+                try:
+                    at = leg.evaluator_index
+                    measure_repeat(stage, algorithm, pace.chunk, store, executor, at)
+                except KeyboardInterrupt:
+                    status = "interrupted"
+                    break
                 algorithm = leg.algorithm = build_algorithm(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
@@ -212,10 +224,18 @@ def run(
                 _run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        usage = usage_of(executor)
+        if usage is not None and usage.busy_s > 0:
+            store.set_meta("usage", usage.to_json())
         seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
         store.set_meta("seconds", seconds)
         store.set_meta("stop_reason", stop_reason)
-        result.meta.update(status=status, stop_reason=stop_reason, seconds=seconds)
+        result.meta.update(
+            status=status,
+            stop_reason=stop_reason,
+            seconds=seconds,
+            usage=store.get_meta("usage"),
+        )
         store.set_meta("result", result.to_json())
         store.commit()
         return result
@@ -233,47 +253,6 @@ def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
         if not any(stage.evaluator is known for known in out):
             out.append(stage.evaluator)
     return tuple(out)
-
-
-def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Store) -> None:
-    """Evaluates the first candidate alone and inside a full chunk; stores the difference.
-
-    Done at the cheapest fidelity, with whatever the evaluator keeps between calls forgotten, and
-    charged to nobody. A claim of exactness that does not hold here becomes an error.
-    """
-    if store.get_meta("repeat") is not None:
-        return
-    size = max(2, pace.chunk)
-    fresh = algorithm.ask(algorithm.first_id, size)
-    if not len(fresh):
-        return
-    forget: Callable[[], None] = getattr(stage.evaluator, "forget", lambda: None)
-    rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
-    jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
-    try:
-        forget()
-        together = stage.evaluator.evaluate(jobs).values[0]
-        forget()
-        alone = stage.evaluator.evaluate(jobs.take([0])).values[0]
-        forget()
-        again = stage.evaluator.evaluate(jobs.take([0])).values[0]
-    except Exception:  # the search itself will record this failure with its reason
-        return
-    alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
-    in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))
-    store.set_meta("repeat", {"alone_twice": alone_again, "alone_or_in_chunk": in_batch})
-    if stage.evaluator.reproducibility == "exact" and max(alone_again, in_batch) > 0:
-        import warnings
-
-        from searchlab.errors import SearchlabWarning
-
-        warnings.warn(
-            f"the evaluator says 'exact', but its first candidate differs by {alone_again:.3g} "
-            f"between two calls and by {in_batch:.3g} between alone and in a chunk; "
-            "its trace is then only repeatable on the same machine and chunk size",
-            SearchlabWarning,
-            stacklevel=3,
-        )
 
 
 # -- results ------------------------------------------------------------------------------------
@@ -468,6 +447,7 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         status=store.get_meta("status"),
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
+        usage=store.get_meta("usage"),
     )
     return result
 
@@ -491,7 +471,12 @@ def search(
     name: str = "search",
     out: str | Path | None = None,
     database: str | Path | None = None,
-    executor: Executor | None = None,
+    executor: str | Executor | None = None,
+    workers: int | None = None,
+    lag: int | None = None,
+    chunk: int | None = None,
+    deadline: float | None = None,
+    retries: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Searches a space for what an objective likes best.
@@ -515,15 +500,29 @@ def search(
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
             run a database there, and the same call goes on with the run.
         database: a SQLite path or an SQLAlchemy URL; in memory when neither it nor `out` is given.
-        executor: where candidates are evaluated; this process by default.
+        executor: where candidates are evaluated: "local" (this process, the default of one
+            worker), "processes" (the default of several), or an executor of your own.
+        workers: how many candidates (chunks) are evaluated at once; 1 by default.
+        lag: at most this many evaluations are open; 2 per worker by default. Runs of equal seed,
+            lag and chunk are equal, whatever their workers. Kept by the run.
+        chunk: candidates per call of the evaluator; kept by the run.
+        deadline: seconds that one call of the evaluator may take; needs processes.
+        retries: how often a call is repeated whose worker died or was too slow; needs processes.
         callbacks: called after every recorded batch.
 
     Returns:
         The result; `result.best.plan` holds the values.
+
+    Raises:
+        ConfigError: a function that worker processes cannot load, among other bad input.
     """
     from searchlab.budget_text import parse_budget
 
     limit = parse_budget(budget, gpu_price=gpu_price, target=target)
+    if executor is None or isinstance(executor, str):
+        executor = ExecutorOptions(executor, workers, deadline, retries).build()
+    elif (workers, deadline, retries) != (None, None, None):
+        raise ConfigError("workers, deadline and retries belong to the executor that is given")
     evaluator = _as_evaluator(space, objective, direction, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
@@ -540,7 +539,9 @@ def search(
         warm = best_of_run(warm_start, space, evaluator.objectives[0], database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds)
-    config = SearchConfig((stage,), name=name, seed=seed, final=final)
+    config = SearchConfig((stage,), name=name, seed=seed, lag=lag, chunk=chunk, final=final)
+    if isinstance(executor, ProcessExecutor):
+        executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)
     from searchlab.runs import run_in_database

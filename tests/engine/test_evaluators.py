@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import searchlab.evaluators
-import searchlab.executors
 from searchlab.errors import ConfigError, EvaluationError
 from searchlab.evaluator import (
     Evaluator,
@@ -28,14 +27,13 @@ from searchlab.evaluator import (
     losses,
 )
 from searchlab.evaluators.sampling import SamplingEvaluator
-from searchlab.executors import Chunk, Executor, LocalExecutor, evaluate_chunk
+from searchlab.executors import Chunk, evaluate_chunk
 from searchlab.experiments.solver_schedule_problems import mixture_problem
 from searchlab.population import FAILED, OK, Evaluations, Population
 from searchlab.space import Space
 from searchlab.spaces.solver_schedule.families import fixed_family
 from searchlab.spaces.solver_schedule.space import ScheduleRange, SolverScheduleSpace
 from searchlab.testing.evaluator import EvaluatorSuite, jobs_of
-from searchlab.testing.executor import ExecutorSuite
 from searchlab.uniforms import uniforms
 from searchlab.variables import Choice, Real
 
@@ -117,12 +115,6 @@ class TestSampling(EvaluatorSuite):
         return Population.concat([drawn, known_points(space)])
 
 
-class TestLocalExecutor(ExecutorSuite):
-    @pytest.fixture
-    def executor(self) -> Executor:
-        return LocalExecutor()
-
-
 def _found(package: Any, needed: tuple[str, ...]) -> set[type]:
     """Public classes of a package's modules that have these methods, protocols apart."""
     out = set()
@@ -134,10 +126,6 @@ def _found(package: Any, needed: tuple[str, ...]) -> set[type]:
             if concrete and all(callable(getattr(cls, name, None)) for name in needed):
                 out.add(cls)
     return out
-
-
-def test_every_executor_has_a_suite() -> None:
-    assert _found(searchlab.executors, ("submit", "wait", "has_room")) == {LocalExecutor}
 
 
 def test_every_evaluator_has_a_suite() -> None:
