@@ -126,9 +126,7 @@ class Commands:
                 start_new_session=True,
             )
         except OSError as error:
-            raise EvaluationError(
-                f"no process can be started: {error.strerror or error}"
-            ) from None
+            raise EvaluationError(f"no process can be started: {error.strerror or error}") from None
         return self._supervisor
 
     def _give_up(self, reports: list[dict[str, Any]], grace_s: float) -> None:

@@ -16,6 +16,7 @@ from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
 from searchlab.executors.base import Chunk, Done, Executor
+from searchlab.outcomes import constraints_of, violation
 from searchlab.population import INFEASIBLE, OK, Evaluations, Jobs
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class StageRun:
         self._fidelity = self.stage.fidelity_index
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
+        self._constraints = constraints_of(self.stage.evaluator)
         self._started = time.monotonic()
         self.paid = self.hits = self.finished = self.failed = 0
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
@@ -152,6 +154,26 @@ class StageRun:
         finally:
             self.store.commit()
         return self._next_id
+
+    def fill(self) -> None:
+        """Submits every job that may be open now, known answers apart, and waits for none.
+
+        For runs whose values come from elsewhere: `take` brings them.
+        """
+        try:
+            self._fill(self._load())
+        finally:
+            self.store.commit()
+
+    @property
+    def open_jobs(self) -> int:
+        """Jobs that are submitted and not finished."""
+        return self._open
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether what is done and what is open use up the budget."""
+        return self._left() <= 0
 
     def _load(self) -> Known:
         records = self.store.records()
@@ -391,7 +413,14 @@ class StageRun:
 
     def _drain(self) -> None:
         assert self.executor is not None
-        finished = self.executor.wait()
+        self.take(self.executor.wait())
+
+    def take(self, finished: list[Done]) -> None:
+        """Records finished chunks and tells the callbacks.
+
+        Raises:
+            EvaluationError: the first jobs failed one and all.
+        """
         for done in finished:
             self._finish(done)
         self.store.commit()
@@ -473,6 +502,7 @@ class StageRun:
             cached=flags,
         )
         group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
+        group.violation[rows] = violation(evaluations.constraints, self._constraints)
         group.done[rows] = True
         assert evaluations.state is not None
         self._count(group, rows, flags, evaluations.state)
@@ -498,7 +528,8 @@ class StageRun:
                 self.repeated += 1
             else:
                 self._free_hits += 1
-        good = [row for row, what in zip(rows, state.tolist(), strict=True) if what == OK]
+        allowed = group.violation[rows] == 0
+        good = [row for at, row in enumerate(rows) if state[at] == OK and allowed[at]]
         if not good:
             return
         places = [0] * len(good)

@@ -173,6 +173,10 @@ def run_recipe(
     with _open_run(config, name, out, database) as store:
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
+        for stage in config.stages:
+            place = getattr(stage.evaluator, "place", None)
+            if place is not None:
+                place(out)
         opened()
         result = run(config, store=store, callbacks=callbacks)
     result.out = out
