@@ -20,6 +20,7 @@ from searchlab.errors import EvaluationError
 __all__ = ["Commands", "Ended"]
 
 _SUPERVISOR = Path(__file__).with_name("_supervisor.py")
+_GONE_S = 1.0
 _MORE_S = 30.0  # what a supervisor may need beyond deadline and grace
 
 
@@ -134,8 +135,16 @@ class Commands:
         assert supervisor is not None
         _end(supervisor, grace_s + _MORE_S, reports)
         if reports and "pid" in reports[-1]:  # it never said how the command ended
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(reports[-1]["pid"], signal.SIGKILL)
+            _kill_group(reports[-1]["pid"])
+
+
+def _kill_group(leader: int) -> None:
+    """Ends a process group for good; waits a moment for it to be gone."""
+    until = time.monotonic() + _GONE_S
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < until:
+            os.killpg(leader, signal.SIGKILL)
+            time.sleep(0.002)
 
 
 def _send(supervisor: subprocess.Popen[bytes], line: bytes) -> None:

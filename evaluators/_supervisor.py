@@ -241,30 +241,20 @@ class Supervisor:
             except (ProcessLookupError, PermissionError):
                 return []
             return [self.pid]
+        # Orphans come to this process: no child means no descendant. A process may change its
+        # parent while the table is read, so that one look can miss it.
+        while self.has_children():
+            if found := descendants():
+                return found
+        return []
+
+    def has_children(self) -> bool:
+        self.reap()
         try:
-            # Orphans come to this process: no child means no descendant.
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            return []
-        children: dict[int, list[int]] = {}
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                try:
-                    with open(f"/proc/{name}/stat", "rb") as file:
-                        fields = file.read().rpartition(b")")[2].split()
-                except OSError:
-                    continue
-                if fields[0] not in (b"Z", b"X"):
-                    children.setdefault(int(fields[1]), []).append(int(name))
-                else:  # its children are adopted already, but it is still somebody's child
-                    children.setdefault(int(fields[1]), [])
-        found: list[int] = []
-        queue = [os.getpid()]
-        while queue:
-            below = children.get(queue.pop(), [])
-            found += below
-            queue += below
-        return found
+            return False
+        return True
 
     def close(self) -> None:
         for end in list(self.sinks):
@@ -272,6 +262,27 @@ class Supervisor:
                 pass
             if end in self.sinks:
                 self.finish(end)
+
+
+def descendants() -> list[int]:
+    """Live processes below this one, as one look at the process table shows them."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields[0] not in (b"Z", b"X"):
+                children.setdefault(int(fields[1]), []).append(int(name))
+    found: list[int] = []
+    queue = [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
 
 
 def adopt_orphans() -> bool:

@@ -293,10 +293,11 @@ def _read(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise DataError(f"result.json cannot be read: {error.strerror or error}") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise DataError("result.json is not an ordinary file")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError("result.json is not an ordinary file")
         if status.st_size > MAX_RESULT_BYTES:
             raise DataError(
                 f"result.json has {status.st_size} bytes; allowed: at most {MAX_RESULT_BYTES}"

@@ -72,10 +72,14 @@ class _Options:
 
     def parts(self) -> _Parts:
         """The texts as what they stand for. Raises ConfigError or SpaceError naming them."""
+        fidelities = tuple(map(parse_fidelity, self.fidelity)) or (_full(),)
+        costs = [fidelity.cost for fidelity in fidelities]
+        if costs != sorted(costs):
+            raise ConfigError(f"fidelities cost {costs}; allowed: cheapest first, the truth last")
         return _Parts(
             tuple(map(parse_objective, self.objective)),
             tuple(map(parse_constraint, self.constraint)),
-            tuple(map(parse_fidelity, self.fidelity)) or (_full(),),
+            fidelities,
         )
 
 
