@@ -233,10 +233,8 @@ def tell(config: SearchConfig, store: Store, lines: Iterable[bytes]) -> Told:
     except EvaluationError as error:
         report.error = str(error)
     report.open = len(_leases(store))
-    # Only another look at the whole says whether anything is left to propose.
-    after, _ = _leg(config, store, 1)
-    after.fill()
-    report.finished = _note_end(after, store)
+    leg.fill()  # whether anything is left to propose
+    report.finished = _note_end(leg, store)
     store.commit()
     return report
 

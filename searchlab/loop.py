@@ -132,6 +132,7 @@ class StageRun:
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
+        self._loaded: Known | None = None
 
     # -- running ----------------------------------------------------------------------------
 
@@ -159,10 +160,12 @@ class StageRun:
     def fill(self) -> None:
         """Submits every job that may be open now, known answers apart, and waits for none.
 
-        For runs whose values come from elsewhere: `take` brings them.
+        For runs whose values come from elsewhere: `take` brings them, and another call goes on.
         """
+        if self._loaded is None:
+            self._loaded = self._load()
         try:
-            self._fill(self._load())
+            self._fill(self._loaded)
         finally:
             self.store.commit()
 
