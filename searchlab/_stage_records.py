@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
 from searchlab.evaluator import losses
+from searchlab.outcomes import constraints_of, violation
 from searchlab.population import PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Known:
             )
         evaluations.values = evaluations.values[:, :m].reshape(len(records), m)
         self.losses = losses(evaluations, stage.evaluator.objectives)
-        self.violation = np.zeros(len(records))
+        constraints = constraints_of(stage.evaluator)
+        self.violation = violation(evaluations.constraints, constraints)
         self.cost_s = records.cost_s
         self.cached = np.asarray(records.cached, dtype=bool)
         self.state = records.state
@@ -157,7 +159,8 @@ def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     """What a stage's records say, for the rule that starts the next stage."""
     records = store.records()
     known = Known(records.take(np.flatnonzero(records.stage == index)), stage)
-    return Answers(stage.space, known.jobs.population, known.jobs.origin, known.losses)
+    jobs = known.jobs
+    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation)
 
 
 # -- verify -------------------------------------------------------------------------------------

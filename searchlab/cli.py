@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from searchlab import __version__
+from searchlab import __version__, command_external
 from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
 from searchlab.errors import (
     ConfigError,
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(command_external.recipe_of_evaluator(arguments))
         if rest and getattr(options, "command", None) != "run":
             parser.error(f"unknown arguments: {' '.join(rest)}")
         action: Callable[[argparse.Namespace, list[str]], int] = options.action
@@ -116,6 +116,7 @@ def _parser() -> _Parser:
     sub.add_argument("directory", nargs="?", metavar="DIR", help="folder for the winners")
     sub.add_argument("--csv", metavar="FILE", help="one row per record")
     sub.add_argument("--to", default="", metavar="FORM", help="a form of the recipe")
+    command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
     return parser
@@ -125,8 +126,9 @@ def _parser() -> _Parser:
 
 
 def _recipe_parser(recipe: Recipe) -> _Parser:
-    from searchlab.recipes import flags_of
+    from searchlab.recipes import flags_of, repeatable
 
+    lists = repeatable(recipe)
     parser = _Parser(
         prog=f"searchlab run {recipe.name}", description=recipe.summary, allow_abbrev=False
     )
@@ -144,11 +146,15 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
     add_flags(parser, taken=[name for name, *_ in flags])
     own = parser.add_argument_group("the search")
     for name, text, default, flag in flags:
-        shown = text.replace("%", "%%") + ("" if default is None else f" ({default})")
+        shown = text.replace("%", "%%") + (f" ({default})" if default not in (None, "", ()) else "")
         option = f"--{name.replace('_', '-')}"
         if flag:
             own.add_argument(
                 option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
+            )
+        elif name in lists:
+            own.add_argument(
+                option, dest=name, default=None, help=shown, metavar="VALUE", action="append"
             )
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
@@ -202,6 +208,8 @@ def _execute(
     from searchlab.progress import ProgressLine
     from searchlab.runs import run_recipe, write_artefacts
 
+    if recipe.opens_only:
+        return command_external.open_only(recipe, chosen, name, out, database)
     executor = executor_options(given)
     config = with_pace(recipe.build(chosen), given)
     line = ProgressLine(unit=config.group_by or "")

@@ -121,12 +121,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a finished stage knows, for the rule that starts the next one."""
+    """What a finished stage knows, for the rule that starts the next one.
+
+    `violation` is the sum of broken outcome constraints, (n,); None = there are none.
+    """
 
     space: Space
     population: Population
     origin: tuple[str, ...]
     losses: NDArray[np.float64]
+    violation: NDArray[np.float64] | None = None
 
 
 class Adopt(Protocol):
@@ -161,6 +165,7 @@ class AdoptBest:
 def best_rows(answers: Answers, k: int, per: str | None, kinds: Sequence[str]) -> NDArray[np.int64]:
     """Rows of the k best successes of every group and kind, best first."""
     loss = answers.losses[:, 0]
+    broken = np.zeros(len(loss)) if answers.violation is None else answers.violation
     if per is None:
         groups = np.zeros(len(loss), dtype=np.int64)
     else:
@@ -170,7 +175,7 @@ def best_rows(answers: Answers, k: int, per: str | None, kinds: Sequence[str]) -
         for kind in kinds:
             member = np.array([origin.startswith(kind) for origin in answers.origin])
             rows = np.flatnonzero((groups == group) & member & np.isfinite(loss))
-            order = rows[np.argsort(loss[rows], kind="stable")][:k]
+            order = rows[np.lexsort((loss[rows], broken[rows]))][:k]
             chosen.update(dict.fromkeys(order.tolist()))
     return np.array(list(chosen), dtype=np.int64)
 

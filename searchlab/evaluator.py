@@ -93,6 +93,10 @@ class Evaluator(Protocol):
     the executor then makes every row of the chunk `failed` with the reason.
     `reproducibility` says what a value is a function of: "exact" = (candidate, fidelity,
     replicate), "batch" = the whole chunk, "noisy" = nothing is claimed.
+
+    Optional attributes: `constraints` (a tuple of `searchlab.outcomes.Constraint`, in the order of
+    the columns of `Evaluations.constraints`), `probe` (False = no call beyond the jobs is made to
+    measure repeatability), `place(folder)` (told where the run keeps its files).
     """
 
     @property

@@ -18,6 +18,7 @@ from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
 from searchlab.executors.base import Chunk, Done, Executor, usage_of
+from searchlab.outcomes import constraints_of, violation
 from searchlab.population import INFEASIBLE, OK, PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class StageRun:
         self._fidelity = self.stage.fidelity_index
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
+        self._constraints = constraints_of(self.stage.evaluator)
         self._started = time.monotonic()
         self._limits = Limits(self.stage)
         self._planned: dict[int, int] = {}  # when free: what open groups were told
@@ -102,6 +104,7 @@ class StageRun:
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
         self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
+        self._loaded: Known | None = None
 
     # -- running ----------------------------------------------------------------------------
 
@@ -126,6 +129,28 @@ class StageRun:
         finally:
             self.store.commit()
         return self._next_id
+
+    def fill(self) -> None:
+        """Submits every job that may be open now, known answers apart, and waits for none.
+
+        For runs whose values come from elsewhere: `take` brings them, and another call goes on.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        try:
+            self._fill(self._loaded)
+        finally:
+            self.store.commit()
+
+    @property
+    def open_jobs(self) -> int:
+        """Jobs that are submitted and not finished."""
+        return self._open
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether what is done and what is open use up the budget."""
+        return self._left() <= 0
 
     def _load(self) -> Known:
         records = self.store.records()
@@ -396,7 +421,14 @@ class StageRun:
 
     def _drain(self) -> None:
         assert self.executor is not None
-        finished = self.executor.wait()
+        self.take(self.executor.wait())
+
+    def take(self, finished: list[Done]) -> None:
+        """Records finished chunks and tells the callbacks.
+
+        Raises:
+            EvaluationError: the first jobs failed one and all.
+        """
         for done in finished:
             self._finish(done)
         if self.free:
@@ -414,7 +446,7 @@ class StageRun:
                 time.monotonic() - self._started,
                 {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
-                usage_of(self.executor),
+                None if self.executor is None else usage_of(self.executor),
             )
             for callback in self.callbacks:
                 callback(progress)
@@ -481,6 +513,7 @@ class StageRun:
             cached=flags,
         )
         group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
+        group.violation[rows] = violation(evaluations.constraints, self._constraints)
         group.done[rows] = True
         assert evaluations.state is not None
         assert evaluations.cost_s is not None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_config_file"]
 
 RECIPES: dict[str, str] = {
+    "ask": "searchlab.experiments.command:ASK",
+    "command": "searchlab.experiments.command:RECIPE",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
 }
 ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
@@ -44,7 +46,7 @@ class Recipe:
             need an evaluation.
         sections: further report sections.
         export: (result, directory, form) -> files; form is a value of `--to`, "" for the default.
-        estimate: options -> a rough number of evaluations, for progress and dry runs.
+        opens_only: a run is only opened; values come by `searchlab tell`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Recipe:
     build: Callable[[Any], SearchConfig]
     sections: Callable[[SearchConfig, Result], Sequence[Section]] | None = None
     export: Callable[[SearchConfig, Result, Path, str], list[Path]] | None = None
+    opens_only: bool = False
 
 
 def load_recipe(name: str) -> Recipe:
@@ -114,7 +117,13 @@ def options_from(recipe: Recipe, values: Mapping[str, Any]) -> Any:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """One option value in its declared type (bool, int, float, str, or one of these or None)."""
+    """One option value in its declared type.
+
+    That is bool, int, float, str, or one of these or None, or a tuple of texts.
+    """
+    if hint == tuple[str, ...]:
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert(name, part, str) for part in parts)
     kinds = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = list(typing.get_args(hint))
@@ -150,6 +159,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return str(value)
     except (TypeError, ValueError, KeyError, OverflowError):
         raise ConfigError(f"{name} {value!r}; allowed: {kind.__name__}") from None
+
+
+def repeatable(recipe: Recipe) -> set[str]:
+    """Names of the options that may be given several times."""
+    hints = typing.get_type_hints(recipe.options)
+    return {name for name, hint in hints.items() if hint == tuple[str, ...]}
 
 
 def flags_of(recipe: Recipe) -> list[tuple[str, str, Any, bool]]:

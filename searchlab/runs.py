@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchlab._study_lease import keep_alive
 from searchlab.errors import ConfigError, DataError, StudyError
 from searchlab.recipes import Recipe, load_recipe, options_from
 
@@ -177,6 +178,10 @@ def run_recipe(
     with _open_run(config, name, out, database) as store:
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
+        for stage in config.stages:
+            place = getattr(stage.evaluator, "place", None)
+            if place is not None:
+                place(out)
         opened()
         result = run(config, store=store, executor=executor, callbacks=callbacks)
     result.out = out
@@ -228,7 +233,8 @@ def _open_run(config: SearchConfig, name: str, out: Path, database: str) -> Iter
         )
         try:
             _write_address(out, name, database)
-            yield store
+            with keep_alive(store):
+                yield store
         finally:
             store.close("failed")  # does nothing where the run has ended in its own way
     finally:

@@ -47,6 +47,7 @@ from searchlab.final import (
     score_final,
 )
 from searchlab.loop import Callback, StageRun
+from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
@@ -280,14 +281,16 @@ def collect(config: SearchConfig, store: Store) -> Result:
         groups = _groups_of(last.space, population, config.group_by).tolist()
         keys = [key or b"" for key in part.keys]
         ids, values = part.ids.tolist(), part.values[:, 0]
-        everyone = contenders(population, keys, part.origin, ids, groups, values)
-        curve = curve_of(ids, groups, values.tolist(), sign)
+        broken = violation(part.constraints, constraints_of(last.evaluator))
+        everyone = contenders(population, keys, part.origin, ids, groups, values, broken)
+        allowed = np.where(broken == 0, values, np.nan)
+        curve = curve_of(ids, groups, allowed.tolist(), sign)
     found_groups = sorted({contender.group for contender in everyone})
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
         here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: (sign * c.search, c.id))
+        ranked = sorted(here, key=lambda c: (c.violation, sign * c.search, c.id))
         searched = [c for c in ranked if c.kind == "searched"]
         baselines = [
             next(c for c in ranked if c.kind == kind)
@@ -407,7 +410,7 @@ def _fill_groups(result: Result, plans: Any, final: Final, sign: float) -> None:
     for group, plan in zip(result.groups, plans, strict=True):
         order = [c for c in chosen(plan, final, sign) if c.kind != "searched"]
         group.winner = best_of(plan.finalists, sign) or group.winner
-        group.baselines = sorted(order, key=lambda c: (c.kind, sign * c.selection))
+        group.baselines = sorted(order, key=lambda c: (c.kind, c.violation, sign * c.selection))
         group.finalists = list(plan.finalists)
 
 
