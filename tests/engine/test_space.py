@@ -263,7 +263,7 @@ def test_two_sided_and_joint_budgets_are_met_or_refused(data: st.DataObject) -> 
     if space.is_feasible(everything).any():
         assert space.is_feasible(space.repair(some, u)).all()
     else:
-        with pytest.raises(SpaceError, match="no repair found"):
+        with pytest.raises(SpaceError, match="no candidate keeps"):
             space.repair(some, u)
 
 
