@@ -50,14 +50,17 @@ def feasible_sampler(space: Space) -> FeasibleSampler | None:
     """
     variables = space.variables.values()
     conditions = any(variable.when for variable in variables)
-    names = [repr(part.name) for part in (*space.budgets, *space.predicates)]
+    names = [repr(budget.name) for budget in space.budgets]
+    names += [repr(predicate.name) for predicate in space.predicates]
     paying = {key for budget in space.budgets for key in budget.table}
     even = all(space.variables[key].uniform for key in paying)
     if len(space.budgets) == 1 and not (conditions or space.predicates) and even:
         counts = sum_counts(space, space.budgets[0], coarse=False)
         if counts is not None:
             if not counts.total:
-                raise SpaceError(f"budget {names[0]}: no candidate keeps it (all sums were counted)")
+                raise SpaceError(
+                    f"budget {names[0]}: no candidate keeps it (all sums were counted)"
+                )
             return _ByCounts(space, counts)
     if all(variable.uniform and variable.unit_count is not None for variable in variables):
         listed = list_space(space, limit=_MOST_PARTIAL)

@@ -39,9 +39,10 @@ class ActiveIf:
 
     def __post_init__(self) -> None:
         _check_name(self.variable)
-        if not isinstance(self.labels, Sequence) or isinstance(self.labels, str | bytes):
-            raise SpaceError(f"condition on labels {self.labels!r}; allowed: a tuple of labels")
-        object.__setattr__(self, "labels", tuple(self.labels))
+        given: Any = self.labels
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise SpaceError(f"condition on labels {given!r}; allowed: a tuple of labels")
+        object.__setattr__(self, "labels", tuple(given))
 
     def to_json(self) -> dict[str, Any]:
         return {"variable": self.variable, "labels": list(self.labels)}

@@ -220,7 +220,7 @@ class Subset(Variable):
         tier = np.where(both, 0, np.where(one, np.where(mixed > 0, 1, 2), 3))
         child = self._top(tier + self._noise(mixed))
         # A parent whose subset is switched off has none to give.
-        groups = (a.any(axis=-1) & b.any(axis=-1))[..., None]
+        groups = a.any(axis=-1, keepdims=True) & b.any(axis=-1, keepdims=True)
         return np.where(groups, child, mixed).astype(self.dtype)
 
     def _noise(self, values: Array) -> Array:
@@ -268,7 +268,7 @@ class Subset(Variable):
             for part, row in zip(value, out, strict=True):
                 self._write(part, row)
             return
-        members = [m for m in value if isinstance(m, int | np.integer) and 0 <= m < self.n]
+        members = [int(m) for m in value if isinstance(m, int | np.integer) and 0 <= m < self.n]
         if len(members) < len(value) or len(set(members)) < len(members):
             raise SpaceError(
                 f"members {value!r} of a subset; allowed: different whole numbers in "
@@ -277,7 +277,7 @@ class Subset(Variable):
         # No members at all is how a subset that is switched off decodes.
         if members and len(members) != self.k:
             raise SpaceError(f"{len(members)} members of a subset; allowed: {self.k}")
-        out[members] = 1
+        out[np.array(members, dtype=np.int64)] = 1
 
     def neighbours(self, value: Array, active: Array) -> Array:
         """Every exchange of one member for one outside."""
@@ -390,7 +390,7 @@ class Affine(Variable):
         """Which groups are valid, bool (..., 1)."""
         inside = ((values >= self.low) & (values <= self.high)).all(axis=-1)
         exact = np.abs(values.sum(axis=-1) - self.total) <= self._slip
-        return (inside & exact)[..., None]
+        return np.asarray(inside & exact)[..., None]
 
     def valid(self, values: Array, active: Array) -> Array:
         return self._rows(self._fits(values) | ~active)

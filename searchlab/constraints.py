@@ -33,13 +33,12 @@ class Tie:
     elements: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.elements, Sequence) or isinstance(self.elements, str):
-            raise SpaceError(f"tie of {self.elements!r}; allowed: a list of places")
-        places = tuple(_place(element) for element in self.elements)
+        given: Any = self.elements
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise SpaceError(f"tie of {given!r}; allowed: a list of places")
+        places = tuple(_place(element) for element in given)
         if len(places) < 2 or len(set(places)) < len(places):
-            raise SpaceError(
-                f"tie of {list(self.elements)}; allowed: two or more different places"
-            )
+            raise SpaceError(f"tie of {list(self.elements)}; allowed: two or more different places")
         object.__setattr__(self, "elements", places)
 
     def check(self, variables: Mapping[str, Variable]) -> None:
@@ -54,12 +53,13 @@ class Tie:
             )
             if not inside:
                 raise SpaceError(
-                    f"tie names element {tuple(index)} of {name!r}; allowed: inside {variable.shape}"
+                    f"tie names element {tuple(index)} of {name!r}; "
+                    f"allowed: inside {variable.shape}"
                 )
             if variable.when or not isinstance(variable, Choice | Integer):
+                what = variable.kind + " with a condition" * bool(variable.when)
                 raise SpaceError(
-                    f"tie names {name!r}, a {variable.kind}{' with a condition' * bool(variable.when)};"
-                    " allowed: choices and integers without conditions"
+                    f"tie names {name!r}, a {what}; allowed: choices and integers without conditions"
                 )
             kinds.append(
                 variable.labels
@@ -71,7 +71,8 @@ class Tie:
                 variables[self.elements[0][0]]
             ):
                 raise SpaceError(
-                    f"tie joins {self.elements[0][0]!r} and {name!r}; allowed: equal labels or ranges"
+                    f"tie joins {self.elements[0][0]!r} and {name!r}; "
+                    "allowed: equal labels or ranges"
                 )
 
     def to_json(self) -> dict[str, Any]:

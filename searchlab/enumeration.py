@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from searchlab.errors import SpaceError
 from searchlab.population import Population
+from searchlab.repair import tied_prices
 
 if TYPE_CHECKING:
-    from searchlab.budget import LinearBudget
     from searchlab.space import Space
-    from searchlab.variables import Variable
 
 __all__ = ["count", "enumerate_space", "list_space"]
 
@@ -59,36 +58,51 @@ def list_space(space: Space, *, limit: int) -> Population | None:
     if any(number is None or number > limit for number in units):
         return None
     limit = min(limit, _MOST_ELEMENTS // space.size)
-    followers = {number for group in space.tied for number in group[1:]}
-    rooms = [_Room(space, budget, followers) for budget in space.budgets]
+    budgets = space.budgets
+    steps = _steps(space)
+    slips = np.array([budget.slip for budget in budgets])
+    upper = np.array([budget.upper for budget in budgets]) + slips
+    lower = np.array([budget.lower for budget in budgets]) - slips
+    # What the steps from each one on cost at least and at most.
+    least = np.cumsum([step.costs.min(axis=0) for step in reversed(steps)], axis=0)[::-1]
+    most = np.cumsum([step.costs.max(axis=0) for step in reversed(steps)], axis=0)[::-1]
+    nothing = np.zeros((1, len(budgets)))
+    least, most = np.concatenate([least, nothing]), np.concatenate([most, nothing])
+    sums = np.array([[budget.offset for budget in budgets]])
     columns: dict[str, Array] = {}
     active: dict[str, Array] = {}
-    n, first = 1, 0
-    for key, variable in space.variables.items():
-        active[key] = space.activity(key, columns, active, n)
-        columns[key] = np.full((n, *variable.shape), variable.neutral, dtype=variable.dtype)
-        assert variable.unit_count is not None
-        for start in range(0, variable.size, variable.unit):
-            if first + start in followers:
-                continue
-            on = active[key].reshape(n, variable.size)[:, start]
-            if n + on.sum() * (variable.unit_count - 1) > limit:
-                return None
-            rows = np.repeat(np.arange(n), np.where(on, variable.unit_count, 1))
-            columns = {name: column[rows] for name, column in columns.items()}
-            active = {name: flags[rows] for name, flags in active.items()}
-            flat = columns[key].reshape(len(rows), variable.size)
-            flat[on[rows], start : start + variable.unit] = np.tile(
-                variable.unit_values(), (int(on.sum()), 1)
-            )
-            columns[key] = flat.reshape(len(rows), *variable.shape)
-            keep = np.ones(len(rows), dtype=bool)
-            for room in rooms:
-                keep &= room.leaves(columns, active, key, start + variable.unit)
-            columns = {name: column[keep] for name, column in columns.items()}
-            active = {name: flags[keep] for name, flags in active.items()}
-            n = int(keep.sum())
-        first += variable.size
+    for number, step in enumerate(steps):
+        variable, n = space.variables[step.key], len(sums)
+        for key, other in space.variables.items():
+            if key not in columns:
+                # Every variable before this one is decided, so that its activity is known.
+                active[key] = space.activity(key, columns, active, n)
+                columns[key] = np.full((n, *other.shape), other.neutral, dtype=other.dtype)
+            if key == step.key:
+                break
+        on = active[step.key].reshape(n, variable.size)[:, step.start]
+        options = len(step.values)
+        if n + on.sum() * (options - 1) > limit:
+            return None
+        rows = np.repeat(np.arange(n), np.where(on, options, 1))
+        paid = np.zeros((len(rows), len(budgets)))
+        paid[on[rows]] = np.tile(step.costs[:options], (int(on.sum()), 1))
+        sums = sums[rows] + paid
+        fits = (sums + least[number + 1] <= upper) & (sums + most[number + 1] >= lower)
+        keep = fits.all(axis=1)
+        rows, sums, taken = rows[keep], sums[keep], on[rows][keep]
+        values = np.zeros((len(keep), variable.unit), dtype=variable.dtype)
+        values[on[np.repeat(np.arange(n), np.where(on, options, 1))]] = np.tile(
+            step.values, (int(on.sum()), 1)
+        )
+        columns = {name: column[rows] for name, column in columns.items()}
+        active = {name: flags[rows] for name, flags in active.items()}
+        flat = columns[step.key].reshape(len(rows), variable.size)
+        flat[taken, step.start : step.start + variable.unit] = values[keep][taken]
+        columns[step.key] = flat.reshape(len(rows), *variable.shape)
+    for key, other in space.variables.items():
+        if key not in columns:  # all of it follows others
+            columns[key] = np.full((len(sums), *other.shape), other.neutral, dtype=other.dtype)
     population = space.canonicalise(Population(columns))
     population = population.take(space.is_feasible(population))
     seen: dict[bytes, int] = {}
@@ -97,54 +111,40 @@ def list_space(space: Space, *, limit: int) -> Population | None:
     return population.take(np.array(list(seen.values()), dtype=np.int64))
 
 
-class _Room:
-    """Whether a partial candidate can still be brought into one budget, by bounds."""
+@dataclass(frozen=True)
+class _Step:
+    """One unit that is decided at a time.
 
-    def __init__(self, space: Space, budget: LinearBudget, followers: set[int]) -> None:
-        self.budget = budget
-        self.variables: Mapping[str, Variable] = space.variables
-        self.least: dict[str, Array] = {}
-        self.most: dict[str, Array] = {}
-        for key in budget.table:
-            variable = space.variables[key]
-            values = variable.unit_values()
-            whole = np.tile(values, (1, variable.size // variable.unit))
-            block = whole.reshape(len(values), *variable.shape)
-            paid = budget.element_costs(key, variable, block, np.ones(block.shape, dtype=bool))
-            units = paid.reshape(len(values), -1, variable.unit).sum(axis=2)
-            least, most = units.min(axis=0), units.max(axis=0)
+    Attributes:
+        key: its variable.
+        start: its first element.
+        values: what it may be, (options, unit).
+        costs: what each option adds to the budgets, (options, budgets); a row of zeros more where
+            it may be inactive.
+    """
+
+    key: str
+    start: int
+    values: Array
+    costs: NDArray[np.float64]
+
+
+def _steps(space: Space) -> list[_Step]:
+    """The units of a space but those that follow others, in order of declaration."""
+    followers = {number for group in space.tied for number in group[1:]}
+    prices = tied_prices(space.variables, space.budgets, space.tied)[0] if space.budgets else {}
+    steps, first = [], 0
+    for key, variable in space.variables.items():
+        values = variable.unit_values()
+        for start in range(0, variable.size, variable.unit):
+            if first + start in followers:
+                continue
+            costs = np.zeros((len(values), len(space.budgets)))
+            if key in prices:
+                part = prices[key][:, start : start + variable.unit]
+                costs = values @ part[1] if variable.grouped else part[:, 0]
             if variable.when:
-                least, most = np.minimum(least, 0), np.maximum(most, 0)
-            self.least[key] = np.repeat(least / variable.unit, variable.unit)
-            self.most[key] = np.repeat(most / variable.unit, variable.unit)
-        # Followers get their values at the end, so that their sums stay open until then.
-        self.open: dict[str, Array] = {}
-        first = 0
-        for key, variable in space.variables.items():
-            self.open[key] = np.array([first + i in followers for i in range(variable.size)])
-            first += variable.size
-
-    def leaves(
-        self, columns: Mapping[str, Array], active: Mapping[str, Array], key: str, done: int
-    ) -> NDArray[np.bool_]:
-        """Which rows may still fit, when `done` elements of variable `key` are decided."""
-        n = len(columns[key])
-        least = np.full(n, self.budget.offset)
-        most = least.copy()
-        passed = False
-        for name, variable in self.variables.items():
-            if name in self.budget.table:
-                decided = ~self.open[name]
-                if name == key:
-                    decided = decided & (np.arange(variable.size) < done)
-                elif passed:
-                    decided = np.zeros(variable.size, dtype=bool)
-                least += self.least[name][~decided].sum()
-                most += self.most[name][~decided].sum()
-                if decided.any():
-                    paid = self.budget.element_costs(name, variable, columns[name], active[name])
-                    sums = paid[:, decided].sum(axis=1)
-                    least, most = least + sums, most + sums
-            passed |= name == key
-        slip = self.budget.slip
-        return (least <= self.budget.upper + slip) & (most >= self.budget.lower - slip)
+                costs = np.concatenate([costs, np.zeros((1, costs.shape[1]))])
+            steps.append(_Step(key, start, values, costs))
+        first += variable.size
+    return steps

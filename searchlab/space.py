@@ -405,7 +405,9 @@ class Space:
             # Only sums of values within bounds are defined.
             cost = np.full(len(ok), np.nan)
             cost[ok] = budget.cost(
-                self.variables, population.take(ok), {key: flags[ok] for key, flags in active.items()}
+                self.variables,
+                population.take(ok),
+                {key: flags[ok] for key, flags in active.items()},
             )
             ok &= budget.holds(cost)
         if self.tied:
@@ -503,7 +505,9 @@ class Space:
         return Tokens(
             np.concatenate([codes for codes, _ in parts], axis=1),
             np.concatenate([values for _, values in parts], axis=1),
-            np.concatenate([active[k].reshape(n, v.size) for k, v in self.variables.items()], axis=1),
+            np.concatenate(
+                [active[k].reshape(n, v.size) for k, v in self.variables.items()], axis=1
+            ),
         )
 
     def decode(self, population: Population) -> list[dict[str, Any]]:
@@ -544,8 +548,8 @@ class Space:
         """All feasible smallest moves from a population of one, each once.
 
         One element changes, or two members of a subset change places; elements that are tied to a
-        moved one go with it. Elements that a move switches on stand at their neutral value; ordered values that thereby
-        come too close make room.
+        moved one go with it. Elements that a move switches on stand at their neutral value; ordered
+        values that thereby come too close make room.
 
         Raises:
             SpaceError: not exactly one candidate.

@@ -112,7 +112,7 @@ def space_from_yaml(source: str | Path, *, predicates: Sequence[Predicate] = ())
     except SpaceError:
         raise
     # A date or a number that does not exist surfaces from the loader as a plain error.
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise SpaceError(f"{where} is no YAML: {brief(error)}") from None
     return read_space(data, predicates=predicates)
 

@@ -93,7 +93,9 @@ def variable_from_json(name: str, data: Any) -> Variable:
     except SpaceError as error:
         raise SpaceError(f"variable {name!r}: {error}") from None
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise SpaceError(f"variable {name!r} cannot be read: {brief(body)} ({brief(error)})") from None
+        raise SpaceError(
+            f"variable {name!r} cannot be read: {brief(body)} ({brief(error)})"
+        ) from None
 
 
 def _build(kind: str, body: Any, data: Mapping[str, Any]) -> Variable:
