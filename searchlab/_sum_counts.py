@@ -20,7 +20,7 @@ __all__ = ["SumCounts", "count_one_budget", "sum_counts"]
 
 Array = NDArray[Any]
 
-_MOST_SUMS = 2**14  # different sums that a table of suffixes may hold
+_MOST_SUMS = 2**15  # different sums that a table of suffixes may hold
 _COARSE_SUMS = 2**13
 _LARGEST = 2**62
 

@@ -59,7 +59,8 @@ class Tie:
             if variable.when or not isinstance(variable, Choice | Integer):
                 what = variable.kind + " with a condition" * bool(variable.when)
                 raise SpaceError(
-                    f"tie names {name!r}, a {what}; allowed: choices and integers without conditions"
+                    f"tie names {name!r}, a {what}; "
+                    "allowed: choices and integers without conditions"
                 )
             kinds.append(
                 variable.labels

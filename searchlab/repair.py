@@ -18,7 +18,7 @@ from searchlab.variables import Choice, Integer, Subset, Variable
 __all__ = ["repair_budgets", "tied_prices"]
 
 _MOVES_AT_ONCE = 2**21  # rows x moves held in memory together
-_NODES = 10_000  # of an integer program; a limit by time would not be reproducible
+_NODES = 500  # of an integer program; a limit by time would not be reproducible
 _PROVED_EMPTY = 2  # how the solver says so
 
 Array = NDArray[Any]
@@ -428,6 +428,7 @@ def repair_budgets(
     canonicalise: Callable[[Population], Population],
     revive: Callable[[Population, Population, Array], Population],
     tied: Sequence[Sequence[int]] = (),
+    fewest: bool = True,
 ) -> Population:
     """Candidates near the given ones that keep all budgets at once.
 
@@ -447,6 +448,8 @@ def repair_budgets(
         revive: (before, after, uniforms) -> after, canonical, with the elements drawn that a
             change made active.
         tied: groups of element numbers with equal values, which `canonicalise` sees to.
+        fewest: whether long repairs are compared with an integer program's; random candidates
+            have nothing to keep.
 
     Raises:
         SpaceError: budgets that no candidate keeps, if that is proved (without conditions);
@@ -465,7 +468,8 @@ def repair_budgets(
         part = population.take(rows)
         local = {key: np.array(column) for key, column in part.columns.items()}
         _repair_rows(work, part, costs[rows], u[rows], np.arange(len(rows)), local)
-        done = work.fewest(part, Population(local), u[rows])
+        done = Population(local)
+        done = work.fewest(part, done, u[rows]) if fewest else done
         for key, column in columns.items():
             column[rows] = done[key]
     return Population(columns)

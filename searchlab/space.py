@@ -181,7 +181,7 @@ class Space:
         every candidate is as likely as any other; see `FeasibleSampler` for what else is done.
         """
         population, rest = self._draw(u)
-        population = self._within_budgets(population, rest)
+        population = self._within_budgets(population, rest, fewest=False)
         return self._fulfil(population, rest, near=False) if self.predicates else population
 
     def _draw(self, u: Array) -> tuple[Population, Array]:
@@ -268,10 +268,10 @@ class Space:
         columns = dict(population.columns)
         for leader, *others in self.tied:
             key, inner = self._places[leader]
-            value = columns[key].reshape(len(population), -1)[:, inner]
+            value = columns[key].reshape(len(population), self.variables[key].size)[:, inner]
             for other in others:
                 key, inner = self._places[other]
-                flat = np.array(columns[key]).reshape(len(population), -1)
+                flat = np.array(columns[key]).reshape(len(population), self.variables[key].size)
                 flat[:, inner] = value
                 columns[key] = flat.reshape(columns[key].shape)
         return Population(columns)
@@ -287,7 +287,9 @@ class Space:
         population = self._within_budgets(population, u)
         return self._fulfil(population, u, near=True) if self.predicates else population
 
-    def _within_budgets(self, population: Population, u: Array) -> Population:
+    def _within_budgets(
+        self, population: Population, u: Array, *, fewest: bool = True
+    ) -> Population:
         """Bounds, ties and budgets are kept; predicates are not looked at."""
         population = self._repair_bounds(population)
         if not self.budgets:
@@ -301,6 +303,7 @@ class Space:
             active_of=self.active,
             canonicalise=self.canonicalise,
             revive=self._revive,
+            fewest=fewest,
         )
         # A budget may have switched elements on: they take their place among their neighbours.
         return self._repair_bounds(population) if self._conditional else population
@@ -324,7 +327,7 @@ class Space:
                 trial = self._near(population.take(rows), seeds, attempt)
             else:
                 trial, rest = self._draw(derived(seeds, attempt, self.sample_width))
-                trial = self._within_budgets(trial, rest)
+                trial = self._within_budgets(trial, rest, fewest=False)
             good = self._predicates_hold(trial)
             for key, column in columns.items():
                 column[rows[good]] = trial[key][good]
@@ -356,7 +359,7 @@ class Space:
             )
             start, at = start + variable.size, at + variable.width
         moved = self._revive(population, Population(columns), u)
-        return self._within_budgets(moved, u[:, own:])
+        return self._within_budgets(moved, u[:, own:], fewest=False)
 
     @cached_property
     def _conditional(self) -> bool:
