@@ -232,9 +232,7 @@ class SamplingEvaluator:
         for row in np.flatnonzero(~finite):
             state[row] = FAILED
             reason[row] = "the samples are not finite"
-        return Evaluations(
-            values=values, state=state, reason=reason, signals=signals, items=items
-        )
+        return Evaluations(values=values, state=state, reason=reason, signals=signals, items=items)
 
     def sample(self, schedules: Sequence[Schedule], replicate: int, n: int) -> Tensor:
         """Final states (C, n, *shape) of the schedules on the first n samples of a noise bank."""
@@ -280,7 +278,9 @@ class SamplingEvaluator:
             with torch.no_grad():
                 bank.reference = self.problem.reference(start).double()
             if not torch.isfinite(bank.reference).all():
-                raise EvaluationError(f"the reference solution of {self.problem.name} is not finite")
+                raise EvaluationError(
+                    f"the reference solution of {self.problem.name} is not finite"
+                )
         difference = (finals.double() - bank.reference).flatten(2)
         return np.asarray((difference**2).mean(dim=2).cpu().numpy())
 

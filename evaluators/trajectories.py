@@ -37,7 +37,9 @@ class _Node:
     """One point of a trajectory: the state a model is called at and what it answered."""
 
     state: Tensor
-    restart: Tensor | None  # state later steps start from at the point BEFORE, where a corrector acts
+    restart: (
+        Tensor | None
+    )  # state later steps start from at the point BEFORE, where a corrector acts
     output: Tensor | None
     parent: _Node | None
     digest: bytes
@@ -99,7 +101,7 @@ class PrefixTree:
     ) -> None:
         if x.ndim < 2 or not x.is_floating_point() or not len(x):
             raise EvaluationError(
-                f"start states of shape {tuple(x.shape)} {x.dtype}; allowed: (B, ...) floats, B >= 1"
+                f"start states of shape {tuple(x.shape)} {x.dtype}; allowed: (B >= 1, ...) floats"
             )
         self._denoise = denoise
         self._rows = len(x)
@@ -132,7 +134,8 @@ class PrefixTree:
         for start in range(0, len(order), self._per_call):
             batch = order[start : start + self._per_call]
             for i, state in zip(
-                batch, self._batch([tables[i] for i in batch], [digests[i] for i in batch]),
+                batch,
+                self._batch([tables[i] for i in batch], [digests[i] for i in batch]),
                 strict=True,
             ):
                 out[i] = state
@@ -174,9 +177,7 @@ class PrefixTree:
         self._shrink()
         return [path[-1].state[: self._rows] for path in paths]
 
-    def _arrive(
-        self, table: CoefficientTable, k: int, path: list[_Node], digest: bytes
-    ) -> _Node:
+    def _arrive(self, table: CoefficientTable, k: int, path: list[_Node], digest: bytes) -> _Node:
         if k == 0:
             return _Node(self._x, None, None, None, digest)
         restart = None
@@ -219,7 +220,7 @@ class PrefixTree:
             answer = self._denoise(x, times.repeat_interleave(size).to(x.dtype))
             if answer.shape != x.shape:
                 raise EvaluationError(
-                    f"the model answered with shape {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
+                    f"the model answered {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
                 )
             for (node, _), output in zip(part, torch.split(answer, size), strict=True):
                 node.output = output

@@ -63,7 +63,9 @@ class SolverScheduleOptions:
         "rmse", "rmse: error against the reference; fd, kid: distance of samples to data (digits)"
     )
     nfe: str = _option("5..10", "numbers of model calls, LOW..HIGH or one number")
-    budget: int | None = _option(None, "evaluations beyond the known points; 300 per number of calls")
+    budget: int | None = _option(
+        None, "evaluations beyond the known points; 300 per number of calls"
+    )
     samples: int | None = _option(None, "samples per evaluation")
     held_out: int | None = _option(None, "samples per bank of the selection and report splits")
     report_banks: int = _option(4, "noise banks of the report split; 2 or more give intervals")

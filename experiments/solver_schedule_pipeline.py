@@ -16,8 +16,8 @@ from searchlab.spaces.solver_schedule.grids import GRIDS
 from searchlab.spaces.solver_schedule.installed import times_of
 from searchlab.spaces.solver_schedule.noise_schedule import (
     Edm,
-    Flow,
     FloatArray,
+    Flow,
     NoiseSchedule,
     shifted,
 )
@@ -89,9 +89,7 @@ def schedule_range(
     return ScheduleRange(nfe, (low, high), first=("model", "zero"))
 
 
-def known_schedules(
-    noise: NoiseSchedule, nfe: int, own: FloatArray | None
-) -> dict[str, Schedule]:
+def known_schedules(noise: NoiseSchedule, nfe: int, own: FloatArray | None) -> dict[str, Schedule]:
     """Usual solvers on usual grids at `nfe` calls, all to the clean end.
 
     Args:

@@ -172,8 +172,7 @@ class StageRun:
         """Asks and submits while the lag rule, the executor and the budget allow."""
         while not self.stop_reason:
             if self._partial is not None:
-                self._enter(self._partial, known)
-                if self._partial is not None:
+                if not self._enter(self._partial, known):
                     return
                 continue
             start, q = self._next_id, self._q
@@ -287,8 +286,12 @@ class StageRun:
             stage=stage,
         )
 
-    def _enter(self, group: _Group, known: Known) -> None:
-        """Answers or submits the rows of the newest group, in order, as far as the budget goes."""
+    def _enter(self, group: _Group, known: Known) -> bool:
+        """Answers or submits the rows of the newest group, in order, as far as the budget goes.
+
+        Returns:
+            Whether that was the whole group.
+        """
         jobs, fresh = group.jobs, []
         while group.entered < len(jobs):
             row = group.entered
@@ -326,6 +329,7 @@ class StageRun:
         elif not self._open:
             self.stop_reason = "budget"
         self._partial = None if whole else group
+        return whole
 
     def _record_voids(self, group: _Group, before: int) -> None:
         ids = []
@@ -435,7 +439,8 @@ class StageRun:
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])
-            assert answer.state is not None and answer.reason is not None
+            assert answer.state is not None
+            assert answer.reason is not None
             if answer.state[0] != OK:
                 self._broken[key] = int(answer.state[0]), answer.reason[0]
             for j in self._waiting.pop(key, []):

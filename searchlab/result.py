@@ -12,7 +12,6 @@ import numpy as np
 
 from searchlab.evaluator import Objective
 from searchlab.final import Contender, Interval, paired
-from searchlab.population import Population
 from searchlab.space import Space
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class Result:
         return out
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per contender and group: values of all three splits, gain over the best baseline."""
+        """One row per contender and group: values of the three splits, ratio to the baseline."""
         out = []
         for group in self.groups:
             base = group.best_baseline()

@@ -171,7 +171,8 @@ class Evolution(Algorithm):
         if random.any():
             first = self._draw(ids[random], u[random], strength)
             second = self._draw(ids[~random], u[~random], strength)
-            assert first is not None and second is not None
+            assert first is not None
+            assert second is not None
             return Draw(
                 Population.concat([first.population, second.population]),
                 [*first.origin, *second.origin],

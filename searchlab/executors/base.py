@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from searchlab.errors import EvaluationError
 from searchlab.evaluator import Evaluator
 from searchlab.population import Evaluations, Jobs
 
@@ -67,14 +68,13 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
         padded = jobs.take([*range(n), *[n - 1] * (chunk.rows - n)])
     started = time.time()
     try:
-        evaluations = evaluator.evaluate(padded)
-        if not isinstance(evaluations, Evaluations):
-            evaluations = Evaluations.failed(
-                n,
-                len(evaluator.objectives),
-                f"evaluator returned {type(evaluations).__name__}; allowed: Evaluations",
+        answer: object = evaluator.evaluate(padded)
+        if not isinstance(answer, Evaluations):
+            raise EvaluationError(
+                f"evaluator returned {type(answer).__name__}; allowed: Evaluations"
             )
-        elif len(evaluations) != len(padded):
+        evaluations = answer
+        if len(evaluations) != len(padded):
             evaluations = Evaluations.failed(
                 n,
                 len(evaluator.objectives),

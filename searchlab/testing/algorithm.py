@@ -33,10 +33,10 @@ def _real() -> Space:
 def _conditional() -> Space:
     return Space(
         solver=Choice(("one", "many")),
-        order=Choice((1, 2, 3), when=ActiveIf("solver", ("many",))),
+        order=Choice((1, 2, 3), when=(ActiveIf("solver", ("many",)),)),
         steps=Integer(1, 5),
-        family=Choice(("x", "y", "z"), shape=(5,), when=ActiveBelow("steps")),
-        scale=Real(0, 1, shape=(5,), when=ActiveIf("family", ("z",))),
+        family=Choice(("x", "y", "z"), shape=(5,), when=(ActiveBelow("steps"),)),
+        scale=Real(0, 1, shape=(5,), when=(ActiveIf("family", ("z",)),)),
     )
 
 
@@ -46,7 +46,7 @@ def _budgeted() -> Space:
 
 
 def _small() -> Space:
-    return Space(a=Choice(range(3)), b=Choice(range(2)))
+    return Space(a=Choice((0, 1, 2)), b=Choice((0, 1)))
 
 
 SPACES: dict[str, Callable[[], Space]] = {
@@ -201,7 +201,12 @@ class AlgorithmSuite:
         cut = len(ids) // 3
         for rows in (slice(0, cut), slice(cut, cut), slice(cut, None)):
             rebuilt[1].tell(
-                Told(ids[rows], population.take(rows), everything.losses[rows], np.zeros(len(ids))[rows])
+                Told(
+                    ids[rows],
+                    population.take(rows),
+                    everything.losses[rows],
+                    np.zeros(len(ids))[rows],
+                )
             )
         start = len(parts) * stepwise.quantum
         n = 2 * stepwise.quantum

@@ -22,9 +22,7 @@ from searchlab.uniforms import uniforms
 __all__ = ["EvaluatorSuite", "jobs_of"]
 
 
-def jobs_of(
-    space: Space, population: Population, *, fidelity: int = 0, replicate: int = 0
-) -> Jobs:
+def jobs_of(space: Space, population: Population, *, fidelity: int = 0, replicate: int = 0) -> Jobs:
     """Jobs of candidates, ids from 0."""
     return Jobs(
         np.arange(len(population)),

@@ -93,8 +93,8 @@ class ExecutorSuite:
 
     def test_every_chunk_comes_back_once_with_its_values(self, started: Executor) -> None:
         chunks = [chunk(4 * i, 4) for i in range(6)]
-        for part in chunks:
-            started.submit(part)
+        for given in chunks:
+            started.submit(given)
         done = collect(started, len(chunks))
         assert len(done) == len(chunks)
         first = sorted(int(part.chunk.jobs.ids[0]) for part in done)

@@ -288,7 +288,7 @@ class ScheduleVariation:
 
 @dataclass(frozen=True)
 class ReleasedVariation:
-    """The operator of the released code, with the v3 prediction type and skip coefficients left out.
+    """The released code's operator, with the v3 prediction type and skip coefficients left out.
 
     Source: the code of arXiv 2312.07243, settings of its CIFAR-10 search: a child of two parents
     with probability 0.3, then every table entry of every step changes with its own probability.
@@ -309,7 +309,9 @@ class ReleasedVariation:
 
     def width(self, space: Space) -> int:
         m = _solver_space(space).most
-        return 9 + 3 * m + 6 + 2 * m + 2 * m + 4 * m + 2 * m + 2 * m + 2 * m + 4 + space.repair_width
+        return (
+            9 + 3 * m + 6 + 2 * m + 2 * m + 4 * m + 2 * m + 2 * m + 2 * m + 4 + space.repair_width
+        )
 
     def vary(
         self,

@@ -15,6 +15,7 @@ from searchlab.config import ALGORITHMS, AlgorithmSpec, Budget, SearchConfig, St
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
 from searchlab.executors import Chunk, Done, evaluate_chunk
 from searchlab.population import Evaluations, Jobs
+from searchlab.search import run
 from searchlab.space import Space
 from searchlab.study import MemoryRun
 from searchlab.variables import Choice, Integer, Real
@@ -158,3 +159,13 @@ class Neighbourly(FunctionEvaluator):
     def evaluate(self, jobs: Jobs) -> Evaluations:
         self.shapes = [*self.shapes, len(jobs)]
         return chunk_dependent(super().evaluate(jobs))
+
+
+def run_in(config: SearchConfig, store: MemoryRun | None = None, **more: Any) -> MemoryRun:
+    store = store if store is not None else MemoryRun()
+    run(config, store=store, **more)
+    return store
+
+
+def trace(store: Any) -> Any:
+    return store.records().trace()

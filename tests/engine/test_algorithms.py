@@ -1,4 +1,4 @@
-"""Algorithms: the conformance suite over the registry, and the same proposals in other processes."""
+"""Algorithms: the conformance suite over the registry; other processes propose the same."""
 
 from __future__ import annotations
 

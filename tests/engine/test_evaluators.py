@@ -130,9 +130,9 @@ def _found(package: Any, needed: tuple[str, ...]) -> set[type]:
         module = importlib.import_module(info.name)
         for cls in vars(module).values():
             own = inspect.isclass(cls) and cls.__module__ == module.__name__
-            if own and not getattr(cls, "_is_protocol", False):
-                if all(callable(getattr(cls, name, None)) for name in needed):
-                    out.add(cls)
+            concrete = own and not getattr(cls, "_is_protocol", False)
+            if concrete and all(callable(getattr(cls, name, None)) for name in needed):
+                out.add(cls)
     return out
 
 
@@ -230,7 +230,9 @@ def test_an_answer_of_another_type_is_a_failure() -> None:
     space = toy_space()
     jobs = jobs_of(space, space.population([{"x": 0.5, "kind": "a"}]))
     done = evaluate_chunk(Odd(toy, space), Chunk(jobs))
-    assert done.evaluations.reason == ["evaluator returned NoneType; allowed: Evaluations"]
+    assert done.evaluations.reason == [
+        "EvaluationError: evaluator returned NoneType; allowed: Evaluations"
+    ]
 
 
 def test_the_decorator_leaves_the_function_as_it_was() -> None:

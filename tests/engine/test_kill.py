@@ -18,10 +18,10 @@ from searchlab.records import Records
 from searchlab.study import Database
 
 ROOT = Path(__file__).resolve().parents[2]
-SEARCH = (
-    "solver_schedule --problem mixture --nfe 5..6 --budget 120 --samples 128 --held-out 128 "
-    "--report-banks 2 --quiet"
-).split()
+SEARCH = [
+    *("solver_schedule", "--problem", "mixture", "--nfe", "5..6", "--budget", "120"),
+    *("--samples", "128", "--held-out", "128", "--report-banks", "2", "--quiet"),
+]
 
 
 def command(*arguments: str) -> list[str]:
