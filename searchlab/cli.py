@@ -1,8 +1,9 @@
-"""The command line: run, resume, verify, show, report, export, list, doctor."""
+"""The command line: run, resume, verify, show, report, list, doctor; others in `command_*`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from searchlab.errors import (
 )
 
 if TYPE_CHECKING:
+    from searchlab._study_schema import Durability
     from searchlab.recipes import Recipe
     from searchlab.result import Result
 
@@ -104,17 +106,16 @@ def _parser() -> _Parser:
 
     sub = add("resume", "go on with a run", _resume)
     sub.add_argument("--budget", type=int, help="a new, larger budget")
+    add_durability(sub)
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
     sub = add("report", "write report.html again", _report)
     sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
-    sub = add("export", "write the winners, or all records", _export)
-    sub.add_argument("directory", nargs="?", metavar="DIR", help="folder for the winners")
-    sub.add_argument("--csv", metavar="FILE", help="one row per record")
-    sub.add_argument("--to", default="", metavar="FORM", help="a form of the recipe")
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
+    for module in ("export", "dashboard", "compare", "check", "salvage"):
+        importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 
 
@@ -136,6 +137,7 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
     general.add_argument("--out", metavar="DIR", help="the run's folder; runs/NAME by default")
     general.add_argument("--name", help="name of the run; the recipe's by default")
     general.add_argument("--database", help="SQLite path or URL; runs/searchlab.db by default")
+    add_durability(general)
     general.add_argument("--quiet", action="store_true", help="no progress line")
     own = parser.add_argument_group("the search")
     for name, text, default, flag in flags_of(recipe):
@@ -151,11 +153,12 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.config import known_names
     from searchlab.recipes import RECIPES, flags_of, load_recipe, options_from, read_config_file
 
     if options.recipe is None or options.recipe.startswith("-"):
         print("usage: searchlab run RECIPE [options]\n\nrecipes:")
-        for name in sorted(RECIPES):
+        for name in known_names(RECIPES, "recipe"):
             print(f"  {name:20} {load_recipe(name).summary}")
         return EXIT_OK if options.help else EXIT_BAD_INPUT
     recipe = load_recipe(options.recipe)
@@ -181,11 +184,31 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     database = given.database or DEFAULT_DATABASE
     if given.dry_run:
         return _dry_run(recipe, chosen, name, out, database)
-    return _execute(recipe, chosen, name, out, database, quiet=given.quiet)
+    return _execute(
+        recipe, chosen, name, out, database, quiet=given.quiet, durability=given.durability
+    )
+
+
+def add_durability(parser: Any) -> None:
+    """The option that says what a commit waits for."""
+    parser.add_argument(
+        "--durability",
+        choices=("process", "power"),
+        default="process",
+        help="what committed records survive: the end of the process (default), or a power "
+        "failure too (each commit waits for the disk)",
+    )
 
 
 def _execute(
-    recipe: Recipe, chosen: Any, name: str, out: Path, database: str, *, quiet: bool = False
+    recipe: Recipe,
+    chosen: Any,
+    name: str,
+    out: Path,
+    database: str,
+    *,
+    quiet: bool = False,
+    durability: Durability = "process",
 ) -> int:
     from searchlab.progress import ProgressLine
     from searchlab.runs import run_recipe, write_artefacts
@@ -203,6 +226,7 @@ def _execute(
             callbacks=() if quiet else (line,),
             config=config,
             opened=lambda: opened.append(True),
+            durability=durability,
         )
         line.done()
         print(result.table())
@@ -248,7 +272,14 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     address = find_run(options.run, options.database)
     changes = {} if options.budget is None else {"budget": options.budget}
     opened = open_config(address, changes=changes)
-    return _execute(opened.recipe, opened.options, address.name, address.out, address.database)
+    return _execute(
+        opened.recipe,
+        opened.options,
+        address.name,
+        address.out,
+        address.database,
+        durability=options.durability,
+    )
 
 
 # -- looking at runs ----------------------------------------------------------------------------
@@ -311,33 +342,6 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     more = recipe.sections(opened.config, result) if recipe.sections is not None else ()
     target = Path(options.to) if options.to else opened.address.out / "report.html"
     print(write_report(result, target, sections=more))
-    return EXIT_OK
-
-
-def _export(options: argparse.Namespace, rest: list[str]) -> int:
-    from searchlab.runs import export_result, find_run, open_config
-    from searchlab.study import Database
-
-    if options.csv is None and options.directory is None:
-        raise ConfigError("export needs a folder or --csv FILE")
-    if options.csv is not None:
-        opened = open_config(find_run(options.run, options.database))
-        base = Database(opened.address.database)
-        try:
-            store = base.read(opened.address.name)
-            spaces = [stage.space for stage in opened.config.stages]
-            objectives = opened.config.stages[-1].evaluator.objectives
-            store.export_csv(Path(options.csv), spaces, objectives)
-        finally:
-            base.close()
-        print(options.csv)
-    if options.directory is not None:
-        opened, result = _stored_result(options)
-        paths = export_result(
-            opened.recipe, opened.config, result, Path(options.directory), options.to
-        )
-        for path in paths:
-            print(path)
     return EXIT_OK
 
 

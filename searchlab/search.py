@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
@@ -169,6 +170,7 @@ def run(
             if stage.adopt is None:  # the others need answers first
                 _build(stage, index, 0, config, store)
         executor.start(evaluators)
+        store.set_meta(LAYOUT, layout_of(config))
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
             store.register_evaluator(stage_digest(stage), identity, environment())
