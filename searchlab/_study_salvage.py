@@ -183,6 +183,8 @@ def _scan(connection: sqlite3.Connection, table: str, columns: tuple[str, ...]) 
     while True:
         try:
             for rowid, *row in connection.execute(statement, (last,)):
+                if rowid <= last:  # pages that point at each other give rows without end
+                    raise sqlite3.DatabaseError("rows are out of order")
                 last = rowid
                 yield tuple(row)
             return

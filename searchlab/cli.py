@@ -159,7 +159,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.recipe is None or options.recipe.startswith("-"):
         print("usage: searchlab run RECIPE [options]\n\nrecipes:")
         for name in known_names(RECIPES, "recipe"):
-            print(f"  {name:20} {load_recipe(name).summary}")
+            try:
+                summary = load_recipe(name).summary
+            except ConfigError as error:  # one broken plugin does not hide the others
+                summary = f"({error})"
+            print(f"  {name:20} {summary}")
         return EXIT_OK if options.help else EXIT_BAD_INPUT
     recipe = load_recipe(options.recipe)
     parser = _recipe_parser(recipe)

@@ -98,8 +98,9 @@ def read_outcome(address: RunAddress) -> Outcome:
         for row in outcome.rows:
             _ = row["group"], row["kind"], row["name"], row["id"], row["search"]
             _ = [float(value) for value in row["report_values"]]
-        dict(outcome.result["counts"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+            _ = int(row["group"]), int(row["id"])
+        figures(outcome)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise StudyError(f"the result of run {address.name!r} is damaged") from None
     return outcome
 
