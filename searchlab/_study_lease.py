@@ -53,7 +53,7 @@ class Owner:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             return False
         with suppress(OSError, IndexError):
             # A zombie still has its number; the state follows the name in parentheses.

@@ -47,13 +47,14 @@ class Run(Recorder):
         lease_s: float = 60.0,
     ) -> None:
         super().__init__(row["name"])
-        self.config: dict[str, Any] = json.loads(row["config"])
-        self.space: str = row["space"]
-        self.seed = int(row["seed"])
-        self.out: str = row["out"]
-        self.created = float(row["created"])
-        self._run = int(row["run"])
         self._where = where
+        with self._reading():
+            self.config: dict[str, Any] = json.loads(row["config"])
+            self.space = str(row["space"])
+            self.seed = int(row["seed"])
+            self.out = str(row["out"])
+            self.created = float(row["created"])
+        self._run = int(row["run"])
         self._owner = owner
         self._lease_s = lease_s
         self._renewed = time.time()
@@ -83,7 +84,8 @@ class Run(Recorder):
                         "SELECT id, dtype, scores FROM items WHERE run = :run",
                         run=self._run,
                     )
-            return records_from_rows(rows, {i: (kind, raw) for i, kind, raw in scores})
+            with self._reading():
+                return records_from_rows(rows, {i: (kind, raw) for i, kind, raw in scores})
 
     def lookup(
         self,
@@ -148,20 +150,20 @@ class Run(Recorder):
         out: dict[bytes, Answer] = {}
         for key, _, _, *answer in rows:
             if key not in out:
-                out[key] = Answer.from_row(answer)
+                with self._reading():
+                    out[key] = Answer.from_row(answer)
         return out
 
     def evaluators(self) -> dict[int, str]:
         """See `Store.evaluators`."""
         with self._lock, errors_named(self._where):
-            return {
-                int(row): digest
-                for row, digest in self._read(
-                    "SELECT e.evaluator, e.digest FROM evaluators e JOIN run_evaluators r "
-                    "ON r.evaluator = e.evaluator WHERE r.run = :run",
-                    run=self._run,
-                )
-            }
+            rows = self._read(
+                "SELECT e.evaluator, e.digest FROM evaluators e JOIN run_evaluators r "
+                "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                run=self._run,
+            )
+            with self._reading():
+                return {int(row): str(digest) for row, digest in rows}
 
     def environments(self) -> dict[str, dict[str, Any]]:
         """The environment in which this run uses each evaluator, by digest."""
@@ -171,7 +173,17 @@ class Run(Recorder):
                 "ON r.evaluator = e.evaluator WHERE r.run = :run",
                 run=self._run,
             )
-        return {digest: json.loads(text) for digest, text in rows}
+            return self._mappings(rows)
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What each evaluator of this run is, by digest; see `register_evaluator`."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT e.digest, e.identity FROM evaluators e JOIN run_evaluators r "
+                "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                run=self._run,
+            )
+            return self._mappings(rows)
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -343,6 +355,21 @@ class Run(Recorder):
                 )
         self._digests[digest] = row
         return row
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Names the run where what is stored cannot be understood."""
+        try:
+            yield
+        except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise StudyError(f"run {self.name!r} in {self._where} is damaged ({text})") from None
+        except StudyError as error:
+            raise StudyError(f"run {self.name!r} in {self._where}: {error}") from None
+
+    def _mappings(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
+        with self._reading():
+            return {str(digest): dict(json.loads(text)) for digest, text in rows}
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:

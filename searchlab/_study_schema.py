@@ -294,9 +294,11 @@ def check_schema(connection: Connection, where: str) -> None:
         raise StudyError(f"{where} is a database, but no study: its schema version is {found!r}")
     if int(found) > SCHEMA_VERSION:
         raise StudyError(
-            f"{where} has schema version {found}; this searchlab reads up to {SCHEMA_VERSION}: "
-            "use a newer searchlab"
+            f"{where} has schema version {found[:20]}; this searchlab reads up to "
+            f"{SCHEMA_VERSION}: use a newer searchlab"
         )
+    if int(found) < 1:
+        raise StudyError(f"{where} has schema version {found}; allowed: 1 to {SCHEMA_VERSION}")
 
 
 # -- errors -------------------------------------------------------------------------------------
@@ -335,9 +337,9 @@ def _explain(error: Exception, where: str) -> str | None:
             "another commit()"
         )
     if "not a database" in said:
-        return f"{where} is not a study database ({said}); Database.salvage reads what is left"
+        return f"{where} is not a study database ({said}); `searchlab salvage` reads what is left"
     if "malformed" in said:
-        return f"{where} is corrupt ({said}); Database.salvage reads what is left"
+        return f"{where} is corrupt ({said}); `searchlab salvage` reads what is left"
     if "locked" in said:
         return f"{where} stayed locked by another process for {BUSY_TIMEOUT_S:.0f} s"
     return f"{where}: {said}"

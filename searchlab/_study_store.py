@@ -28,6 +28,8 @@ from searchlab.records import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from searchlab.evaluator import Objective
     from searchlab.space import Space
 
@@ -204,7 +206,40 @@ class Recorder(ABC):
         with self._lock:
             text = self._meta.get(key)
             text = self._stored_meta(key) if text is None else text
-        return default if text is None else json.loads(text)
+        try:
+            return default if text is None else json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            raise StudyError(f"the value of {key!r} of run {self.name!r} is damaged") from None
+
+    def to_pandas(
+        self,
+        space: Space | Sequence[Space] | None = None,
+        objectives: Sequence[Objective] | None = None,
+    ) -> pd.DataFrame:
+        """All committed records as a data frame, one row each, ordered by id.
+
+        Args:
+            space: the space of all stages, or one per stage; later stages, such as the final's,
+                have the last one. By default what the run itself keeps of its variables.
+            objectives: they name the columns of the values; by default the run's own.
+
+        Returns:
+            A frame with a column per part of a record and per variable; a variable with a shape
+            is a column of lists. Candidates are left out where no space is known.
+
+        Raises:
+            StudyError: more objectives in the records than names.
+            SpaceError: stored candidates are not of the given space.
+        """
+        from searchlab._run_layout import LAYOUT, read_layout
+        from searchlab._study_table import to_pandas
+
+        if space is None or objectives is None:
+            layout = read_layout(self.get_meta(LAYOUT), self.name)
+            if layout is not None:
+                space = layout.spaces if space is None else space
+                objectives = layout.objectives if objectives is None else objectives
+        return to_pandas(self.records(), space, objectives)
 
     def export_csv(
         self,
@@ -220,9 +255,20 @@ class Recorder(ABC):
                 have the last one.
             objectives: they name the columns of the values.
         """
-        from searchlab._study_csv import write_csv
+        from searchlab._study_table import write_csv
 
         write_csv(Path(path), self.records(), space, objectives)
+
+    def export_parquet(
+        self,
+        path: str | Path,
+        space: Space | Sequence[Space],
+        objectives: Sequence[Objective],
+    ) -> None:
+        """Like `export_csv`, as Parquet. Raises ConfigError where pyarrow is not installed."""
+        from searchlab._study_table import write_parquet
+
+        write_parquet(Path(path), self.records(), space, objectives)
 
     def _note(self, ids: NDArray[np.int64]) -> None:
         """Marks ids as recorded. Raises StudyError for one that is marked already."""

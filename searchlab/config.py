@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,6 +17,8 @@ from searchlab.population import Population
 from searchlab.space import Space
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from searchlab.algorithms.base import Algorithm, Seeds
 
 __all__ = [
@@ -30,8 +32,9 @@ __all__ = [
     "SearchConfig",
     "Stage",
     "best_rows",
-    "stage_digest",
+    "known_names",
     "resolve",
+    "stage_digest",
 ]
 
 ALGORITHMS: dict[str, str] = {
@@ -49,15 +52,45 @@ MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for s
 
 
 def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
-    """Imports what a registry's "module:attribute" string names.
+    """Imports what a name stands for: a "module:attribute" string of a registry, or a plugin.
+
+    Another package adds names by entry points of the group "searchlab.KINDs", for example
+    "searchlab.algorithms"; names of the registry come first.
+
+    Args:
+        registry: names that come with searchlab.
+        name: what is wanted.
+        kind: "algorithm", "executor", "evaluator" or "recipe".
 
     Raises:
-        ConfigError: the name is not registered; lists the known ones.
+        ConfigError: the name is not registered (lists the known ones), or its plugin cannot be
+            loaded.
     """
-    if name not in registry:
-        raise unknown_name(kind, name, registry)
-    module, attribute = registry[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name in registry:
+        module, attribute = registry[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    for entry in _plugins(kind):
+        if entry.name == name:
+            try:
+                return entry.load()
+            except Exception as error:  # whatever a module of others does when it is imported
+                origin = f" of {entry.dist.name}" if entry.dist is not None else ""
+                raise ConfigError(
+                    f"{kind} {name!r}{origin} cannot be loaded from {entry.value!r}: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+    raise unknown_name(kind, name, known_names(registry, kind))
+
+
+def known_names(registry: Mapping[str, str], kind: str) -> list[str]:
+    """Every name that `resolve` knows, plugins included."""
+    return sorted({*registry, *(entry.name for entry in _plugins(kind))})
+
+
+def _plugins(kind: str) -> Iterable[EntryPoint]:
+    import importlib.metadata
+
+    return importlib.metadata.entry_points(group=f"searchlab.{kind}s")
 
 
 @dataclass(frozen=True)

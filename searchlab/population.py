@@ -46,6 +46,7 @@ class Population:
         out._columns = columns
         out._length = length
         return out
+
     def __reduce__(self) -> tuple[type[Population], tuple[dict[str, NDArray[Any]]]]:
         """Columns come out of another process as read-only as they went in."""
         return Population, (self._columns,)

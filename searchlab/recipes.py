@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -64,17 +62,16 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: unknown name; lists the known ones.
     """
-    name = ALIASES.get(name, name)
-    target = RECIPES.get(name)
-    if target is None:
-        for entry in importlib.metadata.entry_points(group="searchlab.recipes"):
-            if entry.name == name:
-                loaded: Recipe = entry.load()
-                return loaded
-        raise unknown_name("recipe", name, [*RECIPES, *ALIASES])
-    module, attribute = target.split(":")
-    recipe: Recipe = getattr(importlib.import_module(module), attribute)
-    return recipe
+    from searchlab.config import resolve
+
+    found = resolve({**RECIPES, **_aliased()}, name, "recipe")
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"recipe {name!r} is {found!r}; allowed: a Recipe")
+    return found
+
+
+def _aliased() -> dict[str, str]:
+    return {alias: RECIPES[name] for alias, name in ALIASES.items()}
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

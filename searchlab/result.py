@@ -151,6 +151,7 @@ class Result:
             "run": self.name,
             "objective": {"name": self.objective.name, "direction": self.objective.direction},
             "group_by": self.group_by,
+            "alpha": self.alpha,
             "rows": self.rows(),
             "front": [list(point) for point in self.front],
             "plans": {

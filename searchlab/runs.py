@@ -16,6 +16,7 @@ from searchlab.errors import ConfigError, DataError, StudyError
 from searchlab.recipes import Recipe, load_recipe, options_from
 
 if TYPE_CHECKING:
+    from searchlab._study_schema import Durability
     from searchlab.config import SearchConfig
     from searchlab.executors import Executor
     from searchlab.loop import Callback
@@ -158,6 +159,7 @@ def run_recipe(
     config: SearchConfig | None = None,
     executor: Executor | None = None,
     opened: Callable[[], None] = lambda: None,
+    durability: Durability = "process",
 ) -> Result:
     """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
 
@@ -168,6 +170,7 @@ def run_recipe(
         config: of the recipe and the options, where it was built before.
         executor: where candidates are evaluated; this process by default.
         opened: called when the run is open: errors before it are about the input.
+        durability: what a commit waits for; see `Database`.
 
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
@@ -175,7 +178,7 @@ def run_recipe(
     from searchlab.search import run
 
     config = config if config is not None else recipe.build(options)
-    with _open_run(config, name, out, database) as store:
+    with _open_run(config, name, out, database, durability) as store:
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
         for stage in config.stages:
@@ -217,12 +220,18 @@ def run_in_database(
 
 
 @contextmanager
-def _open_run(config: SearchConfig, name: str, out: Path, database: str) -> Iterator[Store]:
+def _open_run(
+    config: SearchConfig,
+    name: str,
+    out: Path,
+    database: str,
+    durability: Durability = "process",
+) -> Iterator[Store]:
     """An open run with its folder; what cannot be made is said before the run exists."""
     from searchlab.study import Database
 
     check_folder(out)
-    base = Database(database)
+    base = Database(database, durability=durability)
     try:
         store = base.open_run(
             name,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._repeat import measure_repeat
+from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
@@ -181,6 +182,7 @@ def run(
             if stage.adopt is None:  # the others need answers first
                 build_algorithm(stage, index, 0, config, store)
         executor.start(evaluators)
+        store.set_meta(LAYOUT, layout_of(config))
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
             store.register_evaluator(stage_digest(stage), identity, environment())

@@ -490,6 +490,8 @@ class Space:
         for (key, variable), width in zip(self.variables.items(), widths, strict=True):
             block = np.ascontiguousarray(raw[:, start : start + width])
             columns[key] = block.view(variable.dtype).reshape(n, *variable.shape).copy()
+            if isinstance(variable, Choice) and (columns[key] >= len(variable.labels)).any():
+                raise SpaceError(f"stored candidates are not of this space ({key!r} has no label)")
             start += width
         return Population(columns)
 
