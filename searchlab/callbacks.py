@@ -29,7 +29,8 @@ class Progress:
     def scalars(self) -> dict[str, float]:
         """The figures as one flat mapping, as loggers want them.
 
-        The best value is "best", or "best/GROUP" where there are groups. `finished` is a good step number: it grows with every call of a stage.
+        The best value is "best", or "best/GROUP" where there are groups. `finished` is a good step
+        number: it grows with every call of a stage.
         """
         out: dict[str, float] = {
             "finished": self.finished,
