@@ -82,7 +82,9 @@ class SolverScheduleOptions:
         None, "torch threads; 1 for the bundled problems, torch's own choice for a pipeline"
     )
     quantum: int = _option(8, "children proposed and evaluated together")
-    lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
+    lag: int | Literal["free"] | None = _option(
+        None, "jobs open at once, or free: as many as there is room; fixed when the run is opened"
+    )
 
     def __post_init__(self) -> None:
         low, high = self.calls

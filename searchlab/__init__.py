@@ -6,11 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from searchlab.algorithms import Evolution, Listed, ParentRule, Random, Seeds, UniformVariation
+    from searchlab.algorithms import (
+        Evolution,
+        Listed,
+        ParentRule,
+        Race,
+        Random,
+        Seeds,
+        UniformVariation,
+    )
     from searchlab.budget import LinearBudget
+    from searchlab.callbacks import Progress
     from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
     from searchlab.errors import SearchlabError, SearchlabWarning
     from searchlab.evaluator import Evaluator, Fidelity, FunctionEvaluator, Objective, evaluator
+    from searchlab.item_evaluator import ItemEvaluator
     from searchlab.population import Evaluations, Jobs, Population
     from searchlab.result import Result
     from searchlab.search import run, search, verify
@@ -26,14 +36,17 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "Evolution",
         "Listed",
         "ParentRule",
+        "Race",
         "Random",
         "Seeds",
         "UniformVariation",
     ),
     "searchlab.budget": ("LinearBudget",),
+    "searchlab.callbacks": ("Progress",),
     "searchlab.config": ("AdoptBest", "AlgorithmSpec", "Budget", "Final", "SearchConfig", "Stage"),
     "searchlab.errors": ("SearchlabError", "SearchlabWarning"),
     "searchlab.evaluator": ("Evaluator", "Fidelity", "FunctionEvaluator", "Objective", "evaluator"),
+    "searchlab.item_evaluator": ("ItemEvaluator",),
     "searchlab.population": ("Evaluations", "Jobs", "Population"),
     "searchlab.result": ("Result",),
     "searchlab.search": ("run", "search", "verify"),
@@ -58,6 +71,7 @@ __all__ = [
     "Final",
     "FunctionEvaluator",
     "Integer",
+    "ItemEvaluator",
     "Jobs",
     "LinearBudget",
     "Listed",
@@ -66,6 +80,8 @@ __all__ = [
     "Ordered",
     "ParentRule",
     "Population",
+    "Progress",
+    "Race",
     "Random",
     "Real",
     "Result",

@@ -27,6 +27,23 @@ class Progress:
     done: tuple[Done, ...] = ()
     usage: Usage | None = None
 
+    def scalars(self) -> dict[str, float]:
+        """The figures as one flat mapping, as loggers want them.
+
+        The best value is "best", or "best/GROUP" where there are groups. `finished` is a good step
+        number: it grows with every call of a stage.
+        """
+        out: dict[str, float] = {
+            "finished": self.finished,
+            "paid": self.paid,
+            "hits": self.hits,
+            "failed": self.failed,
+            "seconds": self.seconds,
+        }
+        for group, value in sorted(self.best.items()):
+            out["best" if list(self.best) == [0] else f"best/{group}"] = value
+        return out
+
 
 class Callback(Protocol):
     """Hears of progress; what it raises stops the run after everything finished was recorded."""

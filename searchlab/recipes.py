@@ -127,16 +127,16 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value is None and type(None) in kinds:
             return None
         kinds = [kind for kind in kinds if kind is not type(None)]
-    if typing.get_origin(kinds[0]) is typing.Literal:
-        allowed = typing.get_args(kinds[0])
-        if value not in allowed:
-            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(map(str, allowed))}")
-        return value
     if len(kinds) > 1:  # the first that reads the value
         for kind in kinds[:-1]:
             with suppress(ConfigError):
                 return convert(name, value, kind)
     kind = kinds[-1]
+    if typing.get_origin(kind) is typing.Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise ConfigError(f"{name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+        return value
     try:
         if kind is bool:
             if isinstance(value, bool):

@@ -570,7 +570,9 @@ def _as_evaluator(
         if not callable(objective):
             raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
         objective = FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
-    if isinstance(objective, FunctionEvaluator) and objective.version is None:
+    from searchlab.item_evaluator import ItemEvaluator
+
+    if isinstance(objective, FunctionEvaluator | ItemEvaluator) and objective.version is None:
         # Without a version nobody can tell two functions apart: values stay within the run.
         return replace(objective, private=name)
     return objective

@@ -88,17 +88,17 @@ def test_racing_a_list_finds_the_same_best(seed: int) -> None:
     assert raced.scored < full.scored
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_raced_evolution_proposes_what_a_full_one_does(seed: int) -> None:
     full, raced = Instance(seed), Instance(seed)
-    a, all_of_it = _run(_stage(full, "evolution", {}, budget=Budget(300)))
-    config = _stage(raced, "evolution", {"race": True}, budget=Budget(300))
+    a, all_of_it = _run(_stage(full, "evolution", {"quantum": 4}, budget=Budget(160)))
+    config = _stage(raced, "evolution", {"race": True, "quantum": 4}, budget=Budget(160))
     b, store = _run(config)
     assert all_of_it.records().keys == store.records().keys
     assert a.best.value == b.best.value
     state, values = store.records().state, store.records().values[:, 0]
     true = all_of_it.records().values[:, 0]
-    assert (state == PRUNED).sum() > 50
+    assert (state == PRUNED).sum() > 20
     assert (values[state == OK] == true[state == OK]).all()
     assert (values[state == PRUNED] < true[state == PRUNED]).all()  # proven, not measured
     assert b.counts["failed"] == 0
@@ -186,7 +186,7 @@ def test_a_second_run_shares_pruned_values_and_its_trace_is_its_own(tmp_path: Pa
     scored: list[int] = []
     for database in ("shared", "shared", "alone"):
         instance = Instance(5)
-        config = _stage(instance, "evolution", {"race": True}, budget=Budget(200))
+        config = _stage(instance, "evolution", {"race": True, "quantum": 4}, budget=Budget(100))
         config = SearchConfig(config.stages, seed=len(traces) + 1 if database == "shared" else 2)
         with Database(tmp_path / f"{database}.db") as base:
             store = base.open_run(

@@ -1,0 +1,65 @@
+"""Every Python block of these pages runs, in order, in an empty folder."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if BLOCK.search(path.read_text("utf-8")))
+
+
+def run_page(name: str) -> dict[str, Any]:
+    """The names that a page's blocks leave behind."""
+    names: dict[str, Any] = {"__name__": f"docs_{Path(name).stem}"}
+    text = (DOCS / name).read_text("utf-8")
+    for found in BLOCK.finditer(text):
+        line = text[: found.start(1)].count("\n")
+        code = compile("\n" * line + found.group(1), str(DOCS / name), "exec")
+        exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_python_block_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page(name)
+    if name == "callbacks.md":
+        check_callbacks(names, tmp_path)
+
+
+def test_the_pages_of_each_way_of_use_are_among_them() -> None:
+    assert {"python.md", "callbacks.md"} <= set(PAGES)
+
+
+def check_callbacks(names: dict[str, Any], folder: Path) -> None:
+    """The logs hold what the runs reported."""
+    names["log"].file.close()
+    with open(folder / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["finished"]) for row in rows] == list(range(1, 41))
+    assert int(rows[-1]["paid"]) == 40
+    best = [float(row["best"]) for row in rows]
+    assert best == sorted(best, reverse=True)
+    logged: list[tuple[dict[str, float], int]] = []
+    told: list[dict[str, float]] = []
+    mlflow = object.__new__(names["MLflowLog"])
+    mlflow.log = lambda figures, step: logged.append((figures, step))
+
+    class Run:
+        def log(self, figures: dict[str, float]) -> None:
+            told.append(figures)
+
+    names["sl"].search(
+        names["space"], lambda x: sum(x), budget=5, callbacks=[mlflow, names["WandbLog"](Run())]
+    )
+    assert [step for _, step in logged] == [1, 2, 3, 4, 5]
+    assert [figures for figures, _ in logged] == told
+    assert told[-1]["search/paid"] == 5
