@@ -163,7 +163,8 @@ class Supervisor:
 
     def pids(self) -> list[int]:
         """Process numbers of the workers that run now."""
-        return [w.process.pid for w in self._workers if w.process is not None]
+        processes = [worker.process for worker in self._workers]  # they change meanwhile
+        return [process.pid for process in processes if process is not None]
 
     def _wake(self) -> None:
         with suppress(OSError):  # full = awake anyway
