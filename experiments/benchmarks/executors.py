@@ -16,9 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import Evaluator, FunctionEvaluator
 from searchlab.executors import Executor, LocalExecutor, ProcessExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
+from searchlab.loop import Callback, Progress
 from searchlab.population import OK
 from searchlab.records import Records
 from searchlab.search import run
@@ -90,9 +91,9 @@ def _neighbouring(budget: int) -> SearchConfig:
     return _config(evaluator, budget, quantum=8, chunk=4)
 
 
-def _records(config: SearchConfig, executor: Executor) -> Records:
+def _records(config: SearchConfig, executor: Executor, *callbacks: Callback) -> Records:
     store = MemoryRun()
-    run(config, store=store, executor=executor)
+    run(config, store=store, executor=executor, callbacks=callbacks)
     return store.records()
 
 
@@ -106,22 +107,23 @@ def _equal(name: str, differs: int) -> Aim:
     return Aim(name, differs, "at most", 0)
 
 
-class _Hunter(threading.Thread):
-    """Kills a random worker again and again."""
+class _Hunter:
+    """A callback that kills a random worker again and again."""
 
     def __init__(self, executor: ProcessExecutor, every: float) -> None:
-        super().__init__(daemon=True)
         self.executor, self.every = executor, every
-        self.over = threading.Event()
+        self.draw = random.Random(1)
+        self.last = time.monotonic()
         self.kills = 0
 
-    def run(self) -> None:
-        draw = random.Random(1)
-        while not self.over.wait(self.every):
-            pids = self.executor.pids() if self.executor.usage().wall_s > 0 else []
-            if pids:
-                os.kill(draw.choice(pids), signal.SIGKILL)
-                self.kills += 1
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.draw.choice(self.executor.pids()), signal.SIGKILL)
+            self.kills += 1
+        self.last = now
 
 
 def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: int) -> None:
@@ -157,10 +159,7 @@ def _nominal_seconds(records: Records) -> float:
 def _killed_workers(journal: Journal, wanted: Records, workers: int, every: float) -> None:
     executor = ProcessExecutor(workers=workers, retries=20)
     hunter = _Hunter(executor, every)
-    hunter.start()
-    records = _records(_sleeping(len(wanted)), executor)
-    hunter.over.set()
-    hunter.join()
+    records = _records(_sleeping(len(wanted)), executor, hunter)
     usage = executor.usage()
     journal.case(
         "trace, killed workers",
