@@ -129,7 +129,9 @@ class _Hunter:
 def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: int) -> None:
     for count in workers:
         executor = ProcessExecutor(workers=count)
+        began = time.process_time()
         records = _records(_sleeping(budget), executor)
+        cpu = time.process_time() - began
         usage = executor.usage()
         nominal = _nominal_seconds(records)
         figures = {
@@ -139,6 +141,7 @@ def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: i
             "seconds": round(usage.wall_s, 3),
             "share_of_ideal": round(nominal / count / usage.wall_s, 4),
             "busy": round(usage.utilisation, 4),
+            "driver_cpu_ms_per_evaluation": round(1e3 * cpu / len(records), 3),
         }
         aims = [
             _equal("traces that differ", int(records.trace() != wanted.trace())),
@@ -146,7 +149,9 @@ def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: i
         ]
         if count == max(workers):
             share = float(figures["share_of_ideal"])
-            aims.append(Aim("share of the ideal throughput", share, "at least", 0.95))
+            name = "share of the ideal throughput"
+            # A quick run mostly shows how the last evaluations are waited for.
+            aims.append(Aim(name, share, "at least", 0.95, binding=not journal.options.quick))
         journal.case(f"trace, {count} workers", figures, seeds=(7,), aims=aims)
 
 
