@@ -26,7 +26,7 @@ from searchlab.executors.base import Chunk, Done, failed_chunk
 __all__ = ["Broken", "Retries", "Supervisor", "Task"]
 
 TICK = 0.25  # seconds between looks at workers whose death their children hide
-STARTS = 5  # a worker that fails to start so often in a row is given up
+STARTS = 5  # when every worker failed to start so often in a row, the run ends
 FIRST_STARTS = 3  # the same when the run begins
 PAUSE = 0.1  # seconds before a worker is started again after it failed to, doubled each time
 GRACE = 1.0  # seconds that idle workers have to end by themselves
@@ -163,7 +163,8 @@ class Supervisor:
 
     def pids(self) -> list[int]:
         """Process numbers of the workers that run now."""
-        return [w.process.pid for w in self._workers if w.process is not None]
+        processes = [worker.process for worker in self._workers]  # they change meanwhile
+        return [process.pid for process in processes if process is not None]
 
     def _wake(self) -> None:
         with suppress(OSError):  # full = awake anyway
@@ -293,7 +294,7 @@ class Supervisor:
         now = time.monotonic()
         for worker in self._workers:
             if worker.process is None:
-                if worker.starts < STARTS and now >= worker.resume_at:
+                if now >= worker.resume_at:
                     self._start(worker)
                 continue
             if worker.task is not None and now >= worker.until:
@@ -325,7 +326,7 @@ class Supervisor:
                 return
             if all(other.starts >= STARTS for other in self._workers):
                 raise RuntimeError(f"none can be started any more: {broken.error} {broken.text}")
-            worker.resume_at = time.monotonic() + PAUSE * 2**worker.starts
+            worker.resume_at = time.monotonic() + PAUSE * 2 ** min(worker.starts, 7)
             return
         self._start(worker)
 

@@ -53,6 +53,15 @@ class TestLocalExecutor(ExecutorSuite):
         return LocalExecutor()
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Executor]:
+    """One for many tests: starting processes is what takes time here."""
+    executor = ProcessExecutor(workers=2)
+    executor.start(evaluators())
+    yield executor
+    executor.close()
+
+
 class TestProcessExecutor(IsolatingExecutorSuite):
     @pytest.fixture
     def executor(self) -> Executor:
@@ -62,13 +71,9 @@ class TestProcessExecutor(IsolatingExecutorSuite):
     def strict(self) -> Executor:
         return ProcessExecutor(workers=1, deadline=1.0, retries=1)
 
-    @pytest.fixture(scope="class")
-    def started(self) -> Iterator[Executor]:
-        """One for all tests of the class: starting processes is what takes time here."""
-        executor = ProcessExecutor(workers=2)
-        executor.start(evaluators())
-        yield executor
-        executor.close()
+    @pytest.fixture
+    def started(self, shared: Executor) -> Executor:  # type: ignore[override]
+        return shared
 
 
 def test_every_executor_has_a_suite() -> None:
