@@ -104,7 +104,7 @@ def evaluator_of(
     script: str, *, folder: Path | None, timeout_s: float = 0.5, grace_s: float = 0.1
 ) -> tuple[Space, CommandEvaluator]:
     """A space of 4 candidates and the evaluator that runs a script."""
-    space = Space(a=Choice(["x", "y"]), b=Integer(0, 1))
+    space = Space(a=Choice(("x", "y")), b=Integer(0, 1))
     return space, CommandEvaluator(
         space,
         f"PLAN={{plan}}; OUT={{out}}; {script}",
