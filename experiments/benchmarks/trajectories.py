@@ -147,7 +147,7 @@ def _chunks(tables: Tables, size: int) -> list[Tables]:
 
 
 def _family(journal: Journal, problem: SamplingProblem, nfe: tuple[int, int], samples: int) -> None:
-    """The known solvers of all numbers of calls as the recipe scores them, and each number apart."""
+    """The known solvers of all numbers of calls as the recipe scores them, then each number."""
     parts = {}
     every: list[CoefficientTable] = []
     for calls in range(nfe[0], nfe[1] + 1):
