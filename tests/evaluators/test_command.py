@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def space_of_two() -> Space:
-    return Space(a=Choice(["x", "y"]), b=Integer(0, 1))
+    return Space(a=Choice(("x", "y")), b=Integer(0, 1))
 
 
 def make(command: str, *, shell: bool = True, **more: Any) -> CommandEvaluator:
