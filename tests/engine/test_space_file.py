@@ -78,42 +78,9 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
 
 
 WORDS = st.sampled_from(
-    [
-        "choice",
-        "integer",
-        "real",
-        "ordered",
-        "subset",
-        "affine",
-        "simplex",
-        "shape",
-        "when",
-        "n",
-        "k",
-        "low",
-        "high",
-        "total",
-        "gap",
-        "log",
-        "step",
-        "sigma",
-        "default",
-        "variable",
-        "labels",
-        "below",
-        "offset",
-        "x",
-        "y",
-        "table",
-        "upper",
-        "lower",
-        "name",
-        "tie",
-        "predicate",
-        "variables",
-        "constraints",
-        "version",
-    ]
+    "choice integer real ordered subset affine simplex shape when n k low high total gap log step "
+    "sigma default variable labels below offset x y table upper lower name tie predicate variables "
+    "constraints version".split()
 )
 SCALARS = (
     st.none()
@@ -153,7 +120,7 @@ def _read(read: Any, source: Any) -> None:
     try:
         space = read(source)
     except SearchlabError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
     else:
         assert isinstance(space, Space)
         assert len(space.fingerprint) == 32
