@@ -25,7 +25,12 @@ def run_page(name: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("name", PAGES)
+SLOW = {"solver_schedules.md"}  # searches with a network
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PAGES]
+)
 def test_every_python_block_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
