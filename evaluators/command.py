@@ -51,7 +51,7 @@ class CommandEvaluator:
         objectives: what it reports; the first one steers the search.
         constraints: bounds on what it reports.
         fidelities: handed to it by name; the last is the truth.
-        shell: run by /bin/sh instead of directly; placeholders are quoted.
+        by_shell: run by /bin/sh instead of directly; placeholders are quoted.
         timeout_s: deadline of one attempt, seconds.
         grace_s: seconds between SIGTERM and SIGKILL.
         retries: further attempts after exit code 75.
@@ -74,7 +74,7 @@ class CommandEvaluator:
     fidelities: tuple[Fidelity, ...] = (Fidelity("full"),)
     signals: tuple[Signal, ...] = ()
     reproducibility: Literal["noisy"] = "noisy"
-    shell: bool = False
+    by_shell: bool = False
     timeout_s: float = 3600.0
     grace_s: float = 5.0
     retries: int = 2
@@ -124,7 +124,7 @@ class CommandEvaluator:
         for name in ("plan", "out"):
             if name not in found:
                 raise ConfigError(f"the command {self.command!r} does not use {{{name}}}")
-        if not self.shell:
+        if not self.by_shell:
             self._arguments()
 
     def _arguments(self) -> list[str]:
@@ -144,7 +144,7 @@ class CommandEvaluator:
         """
         if sys.platform == "win32":
             raise EvaluationError("the command evaluator needs a POSIX system")
-        if self.shell:
+        if self.by_shell:
             return
         program = self._arguments()[0]
         if not _MARK.search(program) and shutil.which(program) is None:
@@ -161,7 +161,7 @@ class CommandEvaluator:
         return {
             "version": self.version,
             "command": self.command,
-            "shell": self.shell,
+            "shell": self.by_shell,
             "seed": self.seed,
             "constraints": [c.name for c in self.constraints],
         }
@@ -238,7 +238,7 @@ class CommandEvaluator:
         def fill(quote: Callable[[str], str]) -> Callable[[re.Match[str]], str]:
             return lambda match: quote(marks[match[2]]) if match[2] else f"{{{match[1]}}}"
 
-        if self.shell:
+        if self.by_shell:
             return _MARK.sub(fill(shlex.quote), self.command)
         return [_MARK.sub(fill(str), part) for part in self._arguments()]
 

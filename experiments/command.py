@@ -194,7 +194,7 @@ def build(options: CommandOptions) -> SearchConfig:
         parts.objectives,
         constraints=parts.constraints,
         fidelities=parts.fidelities,
-        shell=options.shell,
+        by_shell=options.shell,
         timeout_s=parse_seconds(options.timeout),
         grace_s=parse_seconds(options.grace),
         retries=options.retries,

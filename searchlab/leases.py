@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.executors.base import Chunk, Done
 from searchlab.external import Outcome, load_json, plan_rows, read_result, to_evaluations
+from searchlab.loop import StageRun
 from searchlab.outcomes import constraints_of
 
 if TYPE_CHECKING:
+    from searchlab._stage_records import Known
     from searchlab.config import SearchConfig
     from searchlab.evaluator import Evaluator
-    from searchlab.loop import StageRun
     from searchlab.study import Store
 
 __all__ = ["Asked", "DEFAULT_LEASE_S", "MAX_LINE_BYTES", "Told", "ask", "prepare", "tell"]
@@ -99,6 +100,31 @@ class _Collector:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+class _Leg(StageRun):
+    """A stage whose values come from elsewhere: `take` brings them, nothing waits."""
+
+    loaded: Known | None = None
+
+    def fill(self) -> None:
+        """Submits every job that may be open now, known answers apart."""
+        if self.loaded is None:
+            self.loaded = self._load()
+        try:
+            self._fill(self.loaded)
+        finally:
+            self.store.commit()
+
+    @property
+    def open_jobs(self) -> int:
+        """Jobs that are submitted and not finished."""
+        return self._open
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether what is done and what is open use up the budget."""
+        return self._left() <= 0
 
 
 def prepare(config: SearchConfig, store: Store) -> None:
@@ -239,9 +265,8 @@ def tell(config: SearchConfig, store: Store, lines: Iterable[bytes]) -> Told:
     return report
 
 
-def _leg(config: SearchConfig, store: Store, lag: int) -> tuple[StageRun, _Collector]:
+def _leg(config: SearchConfig, store: Store, lag: int) -> tuple[_Leg, _Collector]:
     """The run's only stage, with nothing asked yet; fixes the lag where none is stored."""
-    from searchlab.loop import StageRun
     from searchlab.search import build_algorithm, pace_of
 
     if len(config.stages) != 1:
@@ -249,7 +274,7 @@ def _leg(config: SearchConfig, store: Store, lag: int) -> tuple[StageRun, _Colle
     algorithm = build_algorithm(config.stages[0], 0, 0, config, store)
     pace = pace_of(0, 0, replace(config, lag=lag), algorithm, 1, store)
     collector = _Collector()
-    leg = StageRun(
+    leg = _Leg(
         config.stages[0], 0, 0, config.seed, store, collector, algorithm, pace.lag, pace.chunk
     )
     return leg, collector
@@ -272,14 +297,14 @@ def _keep(store: Store, leases: Mapping[int, tuple[float, int]]) -> None:
     store.set_meta(_LEASES, {str(i): list(lease) for i, lease in leases.items()})
 
 
-def _note_end(leg: StageRun, store: Store) -> bool:
+def _note_end(leg: _Leg, store: Store) -> bool:
     """Notes whether the run is at its end; returns it."""
     finished = not leg.open_jobs and bool(leg.stop_reason)
     store.set_meta("stop_reason", leg.stop_reason)
     return finished
 
 
-def _why_fewer(leg: StageRun, leased: int) -> str:
+def _why_fewer(leg: _Leg, leased: int) -> str:
     if leg.stop_reason == "budget" or (leg.open_jobs < leg.lag and leg.budget_spent):
         return f"the budget of {leg.stage.budget.evaluations} evaluations is handed out"
     if leg.stop_reason:

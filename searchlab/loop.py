@@ -104,7 +104,6 @@ class StageRun:
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
         self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
-        self._loaded: Known | None = None
 
     # -- running ----------------------------------------------------------------------------
 
@@ -129,28 +128,6 @@ class StageRun:
         finally:
             self.store.commit()
         return self._next_id
-
-    def fill(self) -> None:
-        """Submits every job that may be open now, known answers apart, and waits for none.
-
-        For runs whose values come from elsewhere: `take` brings them, and another call goes on.
-        """
-        if self._loaded is None:
-            self._loaded = self._load()
-        try:
-            self._fill(self._loaded)
-        finally:
-            self.store.commit()
-
-    @property
-    def open_jobs(self) -> int:
-        """Jobs that are submitted and not finished."""
-        return self._open
-
-    @property
-    def budget_spent(self) -> bool:
-        """Whether what is done and what is open use up the budget."""
-        return self._left() <= 0
 
     def _load(self) -> Known:
         records = self.store.records()

@@ -109,7 +109,7 @@ def evaluator_of(
         space,
         f"PLAN={{plan}}; OUT={{out}}; {script}",
         (Objective("speed", "max"),),
-        shell=True,
+        by_shell=True,
         timeout_s=timeout_s,
         grace_s=grace_s,
         output_limit=OUTPUT_LIMIT,

@@ -42,11 +42,11 @@ def space_of_two() -> Space:
     return Space(a=Choice(("x", "y")), b=Integer(0, 1))
 
 
-def make(command: str, *, shell: bool = True, **more: Any) -> CommandEvaluator:
+def make(command: str, *, by_shell: bool = True, **more: Any) -> CommandEvaluator:
     more.setdefault("objectives", (Objective("speed", "max"),))
     more.setdefault("timeout_s", 30.0)
     more.setdefault("grace_s", 0.1)
-    return CommandEvaluator(space_of_two(), command, shell=shell, **more)
+    return CommandEvaluator(space_of_two(), command, by_shell=by_shell, **more)
 
 
 SHARED = Commands()  # starting one per test would take longer than the tests
@@ -156,7 +156,7 @@ def test_placeholders_are_single_arguments(tmp_path: Path, shell: bool) -> None:
     evaluator = make(
         f"{sys.executable} -S -I {script} {{plan}} {{out}} --at={{fidelity}} {{seed}} {{id}} "
         "'{{plan}}'",
-        shell=shell,
+        by_shell=shell,
         folder=folder,
         fidelities=(Fidelity("two words; $X"),),
     )
@@ -175,7 +175,7 @@ def test_without_shell_nothing_is_interpreted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    evaluator = make(f"touch {{plan}} {{out}} ; touch {tmp_path}/made", shell=False)
+    evaluator = make(f"touch {{plan}} {{out}} ; touch {tmp_path}/made", by_shell=False)
     assert "empty" in reason(one(evaluator))
     # They were arguments of touch, all of them.
     assert {";", "touch", "made"} <= {path.name for path in tmp_path.iterdir()}
@@ -224,7 +224,7 @@ def test_exit_code_75_asks_again(tmp_path: Path) -> None:
 
 def test_a_result_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
     assert one(make(writing(RESULT), folder=tmp_path)).state == OK
-    got = one(make("true {plan} {out}", shell=False, folder=tmp_path))
+    got = one(make("true {plan} {out}", by_shell=False, folder=tmp_path))
     assert "no result file" in reason(got)
 
 
@@ -310,8 +310,8 @@ def test_results_that_do_not_count(text: str, words: str, tmp_path: Path) -> Non
 
 def test_a_program_that_is_not_there() -> None:
     with pytest.raises(EvaluationError, match="'no-such-program' is not found"):
-        make("no-such-program {plan} {out}", shell=False).setup()
-    evaluator = make("no-such-program {plan} {out}", shell=False)
+        make("no-such-program {plan} {out}", by_shell=False).setup()
+    evaluator = make("no-such-program {plan} {out}", by_shell=False)
     got = evaluator.evaluate(candidate(evaluator.space, 0))
     assert "cannot be started: No such file" in reason(got)
     evaluator.close()
@@ -323,7 +323,7 @@ def test_a_program_that_is_not_there() -> None:
         ({"command": "x {out}"}, "{plan}"),
         ({"command": "x {plan}"}, "{out}"),
         ({"command": "x {plan} {out} {paln}"}, "{paln}"),
-        ({"command": "x {plan} {out} 'open", "shell": False}, "split"),
+        ({"command": "x {plan} {out} 'open", "by_shell": False}, "split"),
         ({"command": "x {plan} {out} \0"}, "NUL"),
         ({"command": "x {plan} {out}", "objectives": ()}, "objectives"),
         ({"command": "x {plan} {out}", "timeout_s": 0}, "timeout_s 0"),
