@@ -222,9 +222,7 @@ def test_a_repair_changes_at_most_one_element_too_many(two: bool) -> None:
         if two:
             other = {"x": rng.random((5, 3)), "s": rng.random(5)}
             constraints.append(LinearBudget(other, upper=3.2, name="b"))
-        space = Space(
-            x=Choice((0, 1, 2), shape=(5,)), s=Subset(5, 2), constraints=constraints
-        )
+        space = Space(x=Choice((0, 1, 2), shape=(5,)), s=Subset(5, 2), constraints=constraints)
         feasible = space.enumerate()
         assert len(feasible)
         rows = Space(space.variables).sample(uniforms(0, 0, 0, 100, 10))
