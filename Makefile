@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/searchlab run solver_schedule
+	$(BIN)/searchlab run solver_schedule --nfe 5..8 --budget 800 --name demo
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

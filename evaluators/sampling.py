@@ -23,7 +23,7 @@ from searchlab.evaluator import (
 )
 from searchlab.evaluators.distances import FrechetReference, frechet_distances, kid
 from searchlab.evaluators.noise import Split, noise_bank, split_seed
-from searchlab.evaluators.trajectories import PrefixTree, Work
+from searchlab.evaluators.trajectories import MAX_BYTES, PrefixTree, Work
 from searchlab.population import FAILED, OK, Evaluations, Jobs
 from searchlab.space import Space
 from searchlab.spaces.solver_schedule.noise_schedule import NoiseSchedule
@@ -138,7 +138,7 @@ class SamplingEvaluator:
     samples: tuple[int, ...] = (64, 256)
     held_out: int = 2000
     seed: int = 0
-    max_bytes: int = 256 * 2**20
+    max_bytes: int = MAX_BYTES
     max_rows: int = 4000
     remember: bool = True
     work: Work = field(default_factory=Work)

@@ -14,12 +14,15 @@ from torch import Tensor
 from searchlab.errors import EvaluationError
 from searchlab.spaces.solver_schedule.table import CoefficientTable
 
-__all__ = ["MIN_ROWS", "PrefixTree", "Work", "prefix_digests"]
+__all__ = ["MAX_BYTES", "MIN_ROWS", "PrefixTree", "Work", "prefix_digests"]
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 MIN_ROWS = 16
 """Matrix products of fewer rows use other kernels, whose results differ in the last bits."""
+
+MAX_BYTES = 512 * 2**20
+"""Of what a tree remembers by default; about 60 schedules of 8 calls for 2,000 digits."""
 
 
 @dataclass
@@ -37,11 +40,8 @@ class _Node:
     """One point of a trajectory: the state a model is called at and what it answered."""
 
     state: Tensor
-    restart: (
-        Tensor | None
-    )  # state later steps start from at the point BEFORE, where a corrector acts
+    restart: Tensor | None  # what later steps start from at the point before, if corrected
     output: Tensor | None
-    parent: _Node | None
     digest: bytes
     bytes: int = field(default=0)
 
@@ -94,7 +94,7 @@ class PrefixTree:
         x: Tensor,
         *,
         mean: Tensor | None = None,
-        max_bytes: int = 256 * 2**20,
+        max_bytes: int = MAX_BYTES,
         max_rows: int = 4000,
         remember: bool = True,
         min_rows: int = MIN_ROWS,
@@ -168,7 +168,9 @@ class PrefixTree:
             self._call(waiting)
             if self._remember:
                 for node in level.values():
-                    self._keep(node)
+                    # A result has no output: equal schedules are rare, and cheap to combine again.
+                    if node.output is not None:
+                        self._keep(node)
         for path in paths:
             # Ancestors are touched last: what is dropped first is never above what stays.
             for node in reversed(path):
@@ -179,12 +181,12 @@ class PrefixTree:
 
     def _arrive(self, table: CoefficientTable, k: int, path: list[_Node], digest: bytes) -> _Node:
         if k == 0:
-            return _Node(self._x, None, None, None, digest)
+            return _Node(self._x, None, None, digest)
         restart = None
         if not table.is_copy(2 * k - 1):
             restart = self._combine(table, 2 * k - 1, path, None)
         state = self._combine(table, 2 * k, path, restart)
-        return _Node(state, restart, None, path[-1], digest)
+        return _Node(state, restart, None, digest)
 
     def _combine(
         self, table: CoefficientTable, row: int, path: list[_Node], restart: Tensor | None
@@ -223,7 +225,8 @@ class PrefixTree:
                     f"the model answered {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
                 )
             for (node, _), output in zip(part, torch.split(answer, size), strict=True):
-                node.output = output
+                # A part of a shared answer would keep all of it in memory.
+                node.output = output.clone() if self._remember and len(part) > 1 else output
             self.work.run += len(part)
             self.work.calls += 1
             self.work.rows += len(x)

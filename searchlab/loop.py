@@ -140,6 +140,7 @@ class StageRun:
             EvaluationError: the first jobs failed one and all.
         """
         known = self._load()
+        self._started = time.monotonic()
         try:
             while True:
                 self._fill(known)

@@ -44,6 +44,9 @@ _FORMAT = 1
 _LEAST_ROWS = 16
 # Rows per pass: more would leave the cache and are slower.
 _MOST_ROWS = 4096
+# Conditions of more rows than this on average are run one per pass: one scale and shift for all
+# rows of a pass costs less than the larger pass saves.
+_OWN_PASS_ROWS = 250
 
 
 class DigitsDenoiser:
@@ -107,9 +110,12 @@ class DigitsDenoiser:
             raise EvaluationError(
                 f"labels {tuple(labels.shape)} do not fit; ({count},) of -1 to {CLASSES - 1}"
             )
+        firsts = _firsts(sigma, labels)
+        cuts = firsts if count >= _OWN_PASS_ROWS * len(firsts) else [0]
         parts = [
             self._rows(x[start:end], sigma[start:end], labels[start:end])
-            for start, end in _passes(count)
+            for first, after in zip(cuts, [*cuts[1:], count], strict=True)
+            for start, end in _passes(first, after)
         ]
         return torch.cat(parts).to(x.dtype) if parts else x.clone()
 
@@ -121,14 +127,18 @@ class DigitsDenoiser:
         c_skip = (self.sigma_data**2 / total**2).float()[:, None]
         c_out = (sigma * self.sigma_data / total).float()[:, None]
         c_in = (1 / total).float()[:, None]
-        c_noise = (sigma.clamp(min=1e-4).log() / 4).float()
-        if bool((sigma == sigma[0]).all()) and bool((labels == labels[0]).all()):
-            # The usual call of a sampler: one condition for all rows.
-            c_noise, labels = c_noise[:_LEAST_ROWS], labels[:_LEAST_ROWS]
-        condition = self._network.embed(c_noise, labels, torch.zeros(len(c_noise), AUGMENTATIONS))
+        # Samplers call with few conditions, each for many rows in a row: embed every one once.
+        firsts = _firsts(sigma, labels)
+        noise, label = _padded(sigma[firsts]), _padded(labels[firsts])
+        c_noise = (noise.clamp(min=1e-4).log() / 4).float()
+        condition = self._network.embed(c_noise, label, torch.zeros(len(c_noise), AUGMENTATIONS))
         modulations = self._network.modulate(condition)
-        if len(c_noise) < len(x):
+        if len(firsts) == 1:
             modulations = [modulation[:1] for modulation in modulations]
+        else:
+            lengths = torch.tensor([*firsts[1:], len(x)]) - torch.tensor(firsts)
+            rows = torch.arange(len(firsts)).repeat_interleave(lengths)
+            modulations = [modulation[rows] for modulation in modulations]
         raw = self._network(x * c_in, modulations)
         prediction: Tensor = c_skip * x + c_out * raw
         return prediction[:count]
@@ -177,7 +187,7 @@ class DigitsClassifier:
             raise EvaluationError(f"x has shape {tuple(x.shape)}; (B, {SIZE}) is needed")
         parts = [
             self._network.features(_padded(x[start:end].float()))[: end - start]
-            for start, end in _passes(len(x))
+            for start, end in _passes(0, len(x))
         ]
         return torch.cat(parts) if parts else self._network.features(x.float())
 
@@ -287,8 +297,14 @@ def _fill(network: nn.Module, weights: dict[str, Tensor], path: object) -> None:
         raise DataError(f"weights {path} are not those of {type(network).__name__}") from error
 
 
-def _passes(count: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _MOST_ROWS, count)) for start in range(0, count, _MOST_ROWS)]
+def _passes(first: int, after: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _MOST_ROWS, after)) for start in range(first, after, _MOST_ROWS)]
+
+
+def _firsts(sigma: Tensor, labels: Tensor) -> list[int]:
+    """The first row of every stretch of rows with one condition; at least row 0."""
+    other = (sigma[1:] != sigma[:-1]) | (labels[1:] != labels[:-1])
+    return [0, *(1 + other.nonzero()[:, 0]).tolist()]
 
 
 def _padded(rows: Tensor) -> Tensor:

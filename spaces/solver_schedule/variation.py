@@ -139,6 +139,23 @@ def _mix(
     columns["log_snr"] = np.where(times, b["log_snr"], columns["log_snr"])
 
 
+def _keep_head(columns: dict[str, Array], a: Population, rows: Array, u: Array) -> None:
+    """Steps before one drawn evenly are those of `a` again, where the number of points is."""
+    count, m = columns["points"], columns["order"].shape[1]
+    rows = rows & (count == a["points"])
+    kept = np.where(rows, (u * count).astype(np.int64), 0)[:, None]
+    head = np.arange(m) < kept
+    for name in PER_STEP:
+        columns[name] = np.where(head, a[name], columns[name]).astype(columns[name].dtype)
+    for name in ("first", "interpolation"):
+        whole = kept[:, 0] > 0
+        columns[name] = np.where(whole, a[name], columns[name]).astype(columns[name].dtype)
+    # The rest is pushed beyond the head: times are sorted later, and would mix with it.
+    last = np.take_along_axis(a["log_snr"], np.maximum(kept - 1, 0), axis=1)
+    rest = np.where(kept > 0, np.maximum(columns["log_snr"], last), columns["log_snr"])
+    columns["log_snr"] = np.where(head, a["log_snr"], rest)
+
+
 @dataclass(frozen=True)
 class ScheduleVariation:
     """Our operator: small moves of the numbers half of the time, else decisions and structure too.
@@ -152,6 +169,8 @@ class ScheduleVariation:
         first: probability that what stands in for the first evaluation is redrawn then.
         smallest, largest: limits of the standard deviation of a move of log-SNR, drawn
             log-uniformly per child; coefficients and scales move by `ratio` times as much.
+        head: probability that everything before a step, drawn evenly, is as the first parent has
+            it, so that both runs share their beginning.
     """
 
     crossover: float = 0.3
@@ -163,9 +182,10 @@ class ScheduleVariation:
     smallest: float = 0.01
     largest: float = 0.4
     ratio: float = 0.6
+    head: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("crossover", "blend", "fine", "structure", "first"):
+        for name in ("crossover", "blend", "fine", "structure", "first", "head"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} {getattr(self, name)}; allowed: 0 to 1")
         if not 0 < self.smallest <= self.largest:
@@ -179,7 +199,8 @@ class ScheduleVariation:
         mix, targets, structure = m + 3, 12, 3
         numbers = 2 + 3 + 2 * m + 3 * 2 * m
         decisions = 1 + len(PER_STEP[:7]) * 2 * m + 8
-        return 4 + mix + targets + structure + numbers + decisions + space.repair_width
+        head = 2
+        return 4 + mix + targets + structure + numbers + decisions + head + space.repair_width
 
     def vary(
         self,
@@ -202,6 +223,7 @@ class ScheduleVariation:
         self._structure(space, columns, moved, draw)
         self._decisions(space, columns, wild, strength, draw)
         self._numbers(space, columns, b, blended, strength, draw)
+        _keep_head(columns, a, draw.one() < self.head, draw.one())
         if targets is not None:
             _meet_targets(space, columns, targets, draw)
         return space.repair(Population(columns), u[:, u.shape[1] - space.repair_width :])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.algorithms import Draw, Evolution, Told
-from searchlab.config import ALGORITHMS, AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
 from searchlab.executors import Chunk, Done, evaluate_chunk
 from searchlab.population import Evaluations, Jobs
@@ -43,11 +43,6 @@ class Watched(Evolution):
 
     def _draw(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw | None:
         return super()._draw(ids, u, strength)
-
-
-def register(cls: type[Any] = Watched) -> None:
-    """Makes a class of this module known by its name."""
-    ALGORITHMS[cls.name] = f"{cls.__module__}:{cls.__name__}"
 
 
 class Shuffled:

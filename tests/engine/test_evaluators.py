@@ -142,7 +142,13 @@ def test_every_executor_has_a_suite() -> None:
 
 def test_every_evaluator_has_a_suite() -> None:
     found = _found(searchlab.evaluators, ("evaluate", "identity", "setup"))
-    assert found == {SamplingEvaluator}
+    suites = {SamplingEvaluator: TestSampling}
+    elsewhere = {"PipelineEvaluator": "evaluators/test_pipeline_suite.py"}
+    assert {cls.__name__ for cls in found} == {*elsewhere, *(cls.__name__ for cls in suites)}
+    for name, path in elsewhere.items():
+        text = (Path(__file__).parents[1] / path).read_text("utf-8")
+        assert name in text
+        assert "(EvaluatorSuite)" in text
 
 
 def sampled_digest() -> str:

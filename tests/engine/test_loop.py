@@ -19,14 +19,13 @@ from loop_tools import (
     make_config,
     mixed_space,
     mixed_value,
-    register,
     reopened,
     run_in,
     trace,
 )
 
 from searchlab.algorithms import Seeds
-from searchlab.config import Budget, SearchConfig
+from searchlab.config import ALGORITHMS, Budget, SearchConfig
 from searchlab.errors import ConfigError, StudyError
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.population import FAILED
@@ -36,9 +35,6 @@ from searchlab.space import Space
 from searchlab.study import Database, MemoryRun
 from searchlab.variables import Choice, Integer
 
-register(Watched)
-
-
 # -- the lag rule -------------------------------------------------------------------------------
 
 
@@ -46,7 +42,10 @@ register(Watched)
 @pytest.mark.parametrize(
     ("q", "lag"), [(1, 1), (1, 2), (1, 5), (4, 4), (4, 6), (4, 8), (3, 11), (8, 1)]
 )
-def test_group_g_is_proposed_by_the_jobs_below_its_bound(q: int, lag: int, order: int) -> None:
+def test_group_g_is_proposed_by_the_jobs_below_its_bound(
+    q: int, lag: int, order: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ALGORITHMS, "watched", f"{Watched.__module__}:{Watched.__name__}")
     config = make_config(algorithm="watched", lag=lag, quantum=q, n_random=3, budget=45)
     executor = None if order is None else Shuffled(order, held=6)
     run_in(config, executor=executor)

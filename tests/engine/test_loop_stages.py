@@ -16,11 +16,9 @@ from loop_tools import (
     Counted,
     Neighbourly,
     Shuffled,
-    Watched,
     make_config,
     mixed_space,
     mixed_value,
-    register,
     reopened,
     run_in,
     trace,
@@ -34,9 +32,6 @@ from searchlab.loop import HOPELESS
 from searchlab.population import FAILED, OK
 from searchlab.search import run, verify
 from searchlab.study import MemoryRun
-
-register(Watched)
-
 
 # -- failures -----------------------------------------------------------------------------------
 

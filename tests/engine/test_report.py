@@ -112,7 +112,7 @@ def a_config(*, final: Final | None = None, baselines: bool = True) -> SearchCon
         ]
         seeds = Seeds(space.population(known), tuple(origin))
     stage = Stage(
-        "search", space, error_of(space), AlgorithmSpec("random"), Budget(60), seeds=seeds
+        "search", space, error_of.build(space), AlgorithmSpec("random"), Budget(60), seeds=seeds
     )
     return SearchConfig(
         (stage,),
@@ -239,7 +239,7 @@ def test_a_single_group_has_a_curve_and_no_front(tmp_path: Path) -> None:
 
 
 def test_a_run_without_any_value(tmp_path: Path) -> None:
-    empty = Result("empty", a_space(), error_of(a_space()).objectives[0], [])
+    empty = Result("empty", a_space(), error_of.build(a_space()).objectives[0], [])
     assert figure_curve(empty) is None
     page = check_contained(write_report(empty, tmp_path / "report.html"))
     assert "No candidate was evaluated successfully." in page.text

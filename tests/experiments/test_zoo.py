@@ -75,6 +75,18 @@ def _sample(
     return x
 
 
+@pytest.mark.parametrize("rows", [3, 100, 300])
+def test_conditions_that_share_a_call_give_the_bits_of_calls_of_their_own(
+    denoiser: digits.DigitsDenoiser, batch: tuple[Tensor, Tensor, Tensor], rows: int
+) -> None:
+    x = batch[0][: 4 * rows]
+    sigma = batch[1][:4].repeat_interleave(rows)
+    together = denoiser(x, sigma)
+    for start in range(0, 4 * rows, rows):
+        own = denoiser(x[start : start + rows], sigma[start : start + rows])
+        assert torch.equal(together[start : start + rows], own)
+
+
 def test_the_files_are_those_of_the_card() -> None:
     folder = Path(digits.__file__).parent
     card = json.loads((folder / "digits.json").read_text())

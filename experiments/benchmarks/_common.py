@@ -1,0 +1,170 @@
+"""What the benchmarks share: flags, one JSON line per case, aims, clocks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from searchlab.evaluator import environment
+
+__all__ = ["Aim", "Journal", "Time", "flags", "spread", "timed"]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A limit that a measured figure has to keep.
+
+    Attributes:
+        figure: what was measured, for the message.
+        value: what it came to; NaN keeps no limit.
+        kind: on which side of the limit the value has to lie.
+        limit: the limit, which is allowed itself.
+        binding: False = a wish: recorded, but `--check` passes without it.
+    """
+
+    figure: str
+    value: float
+    kind: Literal["at most", "at least"]
+    limit: float
+    binding: bool = True
+
+    @property
+    def met(self) -> bool:
+        if self.kind == "at most":
+            return self.value <= self.limit
+        return self.value >= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        out = {
+            "figure": self.figure,
+            "value": _plain(self.value),
+            self.kind: self.limit,
+            "met": self.met,
+        }
+        return out if self.binding else {**out, "wish": True}
+
+    def __str__(self) -> str:
+        return f"{self.figure}: {self.value:.4g}, aim {self.kind} {self.limit:.4g}"
+
+
+def flags(
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """The parsed command line: `--quick`, `--check`, `--out FILE` and what `add` adds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if an aim is missed")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all lines as a JSON array")
+    if add is not None:
+        add(parser)
+    return parser.parse_args(arguments)
+
+
+@dataclass
+class Journal:
+    """Prints a line per case and remembers the aims that were missed.
+
+    Attributes:
+        benchmark: name of the benchmark.
+        options: what `flags` returned.
+    """
+
+    benchmark: str
+    options: argparse.Namespace
+    lines: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+
+    def case(
+        self,
+        name: str,
+        figures: Mapping[str, Any],
+        *,
+        seeds: Sequence[int] = (0,),
+        aims: Sequence[Aim] = (),
+    ) -> None:
+        """One case: what was measured, from which seeds, against which aims."""
+        line: dict[str, Any] = {"benchmark": self.benchmark, "case": name, **figures}
+        line["aims"] = [aim.to_json() for aim in aims]
+        line["seeds"] = list(seeds)
+        line["quick"] = bool(self.options.quick)
+        line["environment"] = _environment()
+        text = json.dumps(_clean(line))
+        self.lines.append(text)
+        print(text, flush=True)
+        self.missed += [f"{name}: {aim}" for aim in aims if aim.binding and not aim.met]
+
+    def close(self) -> int:
+        """Writes the file if one was asked for; the exit status."""
+        if self.options.out is not None:
+            self.options.out.write_text("[\n" + ",\n".join(self.lines) + "\n]\n", "utf-8")
+        if not self.options.check:
+            return 0
+        for text in self.missed:
+            print(f"falls short: {text}", file=sys.stderr)
+        return 1 if self.missed else 0
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds that something took: of the clock, and of all threads of this process."""
+
+    wall: float
+    cpu: float
+
+
+def timed(run: Callable[[], object]) -> Time:
+    """How long one call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Time(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """Median, mean, lowest, highest and the values themselves, to `digits` significant digits."""
+    return {
+        "median": _significant(statistics.median(values), digits),
+        "mean": _significant(statistics.fmean(values), digits),
+        "lowest": _significant(min(values), digits),
+        "highest": _significant(max(values), digits),
+        "values": [_significant(value, digits) for value in values],
+    }
+
+
+def _significant(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _environment() -> dict[str, Any]:
+    out: dict[str, Any] = {**environment(), "system": platform.system(), "cores": os.cpu_count()}
+    if "torch" in sys.modules:
+        import torch
+
+        out["threads"] = torch.get_num_threads()
+    return out
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if abs(value) < float("inf") else None
+
+
+def _clean(value: Any) -> Any:
+    """JSON has no NaN: such values become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _clean(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(part) for part in value]
+    return _plain(value) if isinstance(value, float) else value
