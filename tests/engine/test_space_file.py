@@ -78,10 +78,42 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
 
 
 WORDS = st.sampled_from(
-    ["choice", "integer", "real", "ordered", "subset", "affine", "simplex", "shape", "when", "n"]
-    + ["k", "low", "high", "total", "gap", "log", "step", "sigma", "default", "variable", "labels"]
-    + ["below", "offset", "x", "y", "table", "upper", "lower", "name", "tie", "predicate"]
-    + ["variables", "constraints", "version"]
+    [
+        "choice",
+        "integer",
+        "real",
+        "ordered",
+        "subset",
+        "affine",
+        "simplex",
+        "shape",
+        "when",
+        "n",
+        "k",
+        "low",
+        "high",
+        "total",
+        "gap",
+        "log",
+        "step",
+        "sigma",
+        "default",
+        "variable",
+        "labels",
+        "below",
+        "offset",
+        "x",
+        "y",
+        "table",
+        "upper",
+        "lower",
+        "name",
+        "tie",
+        "predicate",
+        "variables",
+        "constraints",
+        "version",
+    ]
 )
 SCALARS = (
     st.none()
@@ -119,12 +151,10 @@ def damaged(draw: st.DrawFn) -> Any:
 
 def _read(read: Any, source: Any) -> None:
     try:
-        space = read(source)
+        answer = read(source)
     except SearchlabError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(space, Space)
-        assert len(space.fingerprint) == 32
+        answer = str(error)
+    assert isinstance(answer, Space) or "\n" not in answer
 
 
 FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
