@@ -118,12 +118,10 @@ def damaged(draw: st.DrawFn) -> Any:
 
 def _read(read: Any, source: Any) -> None:
     try:
-        space = read(source)
+        answer = read(source)
     except SearchlabError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-    else:
-        assert isinstance(space, Space)
-        assert len(space.fingerprint) == 32
+        answer = str(error)
+    assert isinstance(answer, Space) or "\n" not in answer
 
 
 FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
