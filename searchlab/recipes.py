@@ -87,7 +87,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"config file {str(path)!r} is not YAML: {line}") from None
     if data is None:
