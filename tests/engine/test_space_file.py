@@ -78,9 +78,42 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
 
 
 WORDS = st.sampled_from(
-    "choice integer real ordered subset affine simplex shape when n k low high total gap log step "
-    "sigma default variable labels below offset x y table upper lower name tie predicate variables "
-    "constraints version".split()
+    [
+        "choice",
+        "integer",
+        "real",
+        "ordered",
+        "subset",
+        "affine",
+        "simplex",
+        "shape",
+        "when",
+        "n",
+        "k",
+        "low",
+        "high",
+        "total",
+        "gap",
+        "log",
+        "step",
+        "sigma",
+        "default",
+        "variable",
+        "labels",
+        "below",
+        "offset",
+        "x",
+        "y",
+        "table",
+        "upper",
+        "lower",
+        "name",
+        "tie",
+        "predicate",
+        "variables",
+        "constraints",
+        "version",
+    ]
 )
 SCALARS = (
     st.none()
