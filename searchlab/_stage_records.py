@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.algorithms.base import Told
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
 from searchlab.evaluator import losses
@@ -51,6 +52,17 @@ class Group:
     def __post_init__(self) -> None:
         origin = self.jobs.origin or ("",) * len(self.jobs)
         self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
+
+    def answers_until(self, stop: int) -> Told:
+        """The answers of the rows that were not told yet, up to `stop`; they are told now."""
+        rows = slice(self.told, stop)
+        self.told = stop
+        return Told(
+            self.jobs.ids[rows],
+            self.jobs.population.take(rows),
+            self.losses[rows],
+            self.violation[rows],
+        )
 
 
 class Known:

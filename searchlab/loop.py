@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from searchlab._stage_limits import Limits
 from searchlab._stage_records import Group, Known, differences, of_answer, under_bounds, wrong_keys
-from searchlab.algorithms.base import Algorithm, Told
+from searchlab.algorithms.base import Algorithm
 from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
@@ -571,16 +571,7 @@ class StageRun:
             group = self._groups[0]
             stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
-                rows = slice(group.told, stop)
-                self.algorithm.tell(
-                    Told(
-                        group.jobs.ids[rows],
-                        group.jobs.population.take(rows),
-                        group.losses[rows],
-                        group.violation[rows],
-                    )
-                )
-                group.told = stop
+                self.algorithm.tell(group.answers_until(stop))
             if group.end_id > bound:
                 return
             self._groups.popleft()

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._conditions import check_conditions
 from searchlab.budget import REPAIR_WIDTH, LinearBudget
 from searchlab.constraints import Predicate, Tie, tied_places
 from searchlab.errors import SpaceError
 from searchlab.population import Population
 from searchlab.repair import repair_budgets
 from searchlab.uniforms import derived
-from searchlab.variables import ActiveBelow, ActiveIf, Choice, Integer, Ordered, Variable
+from searchlab.variables import ActiveBelow, Choice, Variable
 
 if TYPE_CHECKING:
     from searchlab._feasible_sampler import FeasibleSampler
@@ -80,7 +81,7 @@ class Space:
         for key, variable in self.variables.items():
             if not isinstance(variable, Variable):
                 raise SpaceError(f"{key!r} is {variable!r}; allowed: a Variable such as Choice")
-        self._check_conditions()
+        check_conditions(self.variables)
         for part in self.constraints:
             if not isinstance(part, Constraint):
                 raise SpaceError(
@@ -108,42 +109,6 @@ class Space:
         """Groups of element numbers with equal values, the leader first."""
         ties = [part for part in self.constraints if isinstance(part, Tie)]
         return tied_places(ties, self.variables)
-
-    def _check_conditions(self) -> None:
-        seen: dict[str, Variable] = {}
-        for key, variable in self.variables.items():
-            for condition in variable.when:
-                other = seen.get(condition.variable)
-                if other is None:
-                    raise SpaceError(
-                        f"{key!r} depends on {condition.variable!r}, not declared before it"
-                    )
-                if isinstance(condition, ActiveBelow) and not (
-                    isinstance(other, Integer) and other.shape == () and variable.shape
-                ):
-                    raise SpaceError(f"{key!r}: 'below' needs a scalar integer and a shape")
-                parts = isinstance(condition, ActiveBelow) and len(variable.shape) == 1
-                if parts and variable.grouped and not isinstance(variable, Ordered):
-                    raise SpaceError(
-                        f"{key!r}: 'below' would cut a {variable.kind}; allowed: with a shape, so "
-                        "that whole groups are switched"
-                    )
-                if isinstance(condition, ActiveIf):
-                    if not isinstance(other, Choice):
-                        raise SpaceError(f"{key!r} depends on {condition.variable!r}, no choice")
-                    missing = [x for x in condition.labels if x not in other.labels]
-                    if missing:
-                        raise SpaceError(f"{key!r} depends on unknown labels {missing}")
-                    if not _fits_into(other.shape, variable.shape):
-                        raise SpaceError(
-                            f"{key!r} of shape {variable.shape} depends on shape {other.shape}"
-                        )
-                    if variable.grouped and other.shape and other.shape[-1] > 1:
-                        raise SpaceError(
-                            f"{key!r} is {variable.kind} and depends on shape {other.shape}; "
-                            "allowed: one element per group, so that the active values come first"
-                        )
-            seen[key] = variable
 
     # -- figures ----------------------------------------------------------------------------
 
@@ -620,14 +585,6 @@ class Space:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.variables)})"
-
-
-def _fits_into(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether arrays of a shape broadcast to another shape without enlarging it."""
-    try:
-        return np.broadcast_shapes(shape, other) == other
-    except ValueError:
-        return False
 
 
 def space_from_json(data: Mapping[str, Any], *, predicates: Sequence[Predicate] = ()) -> Space:

@@ -81,6 +81,6 @@ def test_without_plugins_only_the_registry_is_known() -> None:
     assert known_names(ALGORITHMS, "algorithm") == sorted(ALGORITHMS)
     for alias, name in ALIASES.items():
         assert load_recipe(alias) is load_recipe(name)
-    with pytest.raises(ConfigError, match=r"unknown recipe 'tiny'; known: s3, .*usf"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'tiny'; known: .*s3, .*usf"):
         load_recipe("tiny")
     assert set(ALIASES.values()) <= set(RECIPES)
