@@ -325,6 +325,11 @@ def _explain(error: Exception, where: str) -> str | None:
     import sqlalchemy as sa
 
     cause: BaseException = error
+    if isinstance(error, UnicodeError | ValueError | TypeError):
+        said = " ".join(str(error).split())
+        return (
+            f"{where} holds values that no study has ({said[:200]}); `searchlab salvage` reads them"
+        )
     if isinstance(error, sa.exc.DBAPIError) and error.orig is not None:
         cause = error.orig
     elif not isinstance(error, sqlite3.Error | OSError | sa.exc.SQLAlchemyError):

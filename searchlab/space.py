@@ -588,11 +588,7 @@ class Space:
 
 
 def space_from_json(data: Mapping[str, Any], *, predicates: Sequence[Predicate] = ()) -> Space:
-    """Reads a space from JSON or from a YAML file's content.
-
-    Args:
-        data: what `Space.to_json` gives.
-        predicates: the functions that the data names.
+    """Reads what `Space.to_json` gives, or a YAML file's content, see `space_file.read_space`.
 
     Raises:
         SpaceError: names what stands there and what is allowed.

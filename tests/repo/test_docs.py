@@ -15,6 +15,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+# Tests of their own run these pages, with the files and runs that their blocks speak of.
+ELSEWHERE = {"external.md"}
 PAGES = sorted(
     path.name
     for path in DOCS.glob("*.md")
@@ -34,8 +36,6 @@ def run_page(name: str) -> dict[str, Any]:
 
 
 SLOW = {"solver_schedules.md"}  # searches with a network
-# Tests of their own run these pages, with the files and runs that their blocks speak of.
-ELSEWHERE = {"external.md"}
 
 
 @pytest.mark.parametrize(
@@ -46,26 +46,8 @@ def test_every_python_block_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if name == "study.md":  # reads the run that the README's commands make
-        assert (
-            main(
-                [
-                    *[
-                        "run",
-                        "s3",
-                        "--problem",
-                        "mixture",
-                        "--nfe",
-                        "5",
-                        "--budget",
-                        "8",
-                        "--samples",
-                        "64",
-                    ],
-                    *["--held-out", "64", "--report-banks", "2", "--quiet", "--name", "second"],
-                ]
-            )
-            == 0
-        )
+        small = "--problem mixture --nfe 5 --budget 8 --samples 64 --held-out 64 --report-banks 2"
+        assert main(["run", "s3", *small.split(), "--quiet", "--name", "second"]) == 0
     names = run_page(name)
     if name == "callbacks.md":
         check_callbacks(names, tmp_path)
