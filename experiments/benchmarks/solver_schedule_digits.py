@@ -8,9 +8,8 @@ points per number of model calls, all of them scored on few samples, the best 24
 search uses, the best 5 on the selection split, the best one on the report banks, exactly as for
 searched schedules. Solvers with an analytic first evaluation (2 x 648 points) are listed apart.
 One run per seed covers all numbers of calls; seeds share the noise banks, so that the family is
-paid for once. By
-hindsight is the smallest value that any point of the family has on the first report bank itself, a
-bound that no rule of choosing beats.
+paid for once. By hindsight is the smallest value that any point of the family has on the first
+report bank itself, a bound that no rule of choosing beats.
 
 "rmse" is the error against the solution of 60 calls, "fd" the Fréchet distance of a classifier's
 features to those of the real images; an fd below that of the 60 calls means that the error of few
@@ -51,6 +50,8 @@ class Sizes:
         per_nfe: evaluations beyond the family, per number of calls.
         samples: per evaluation of the search; None = the recipe's own.
         held_out: samples per bank of the selection and report splits; None = the recipe's own.
+        reference_steps: calls of the reference solution; None = the recipe's own.
+        banks: of the report split.
         hindsight: numbers of calls at which the whole family is scored on a report bank.
         ratio: by number of calls, the limit of the ratio.
         of: what the limit holds for, the worst seed or the mean.
@@ -62,6 +63,8 @@ class Sizes:
     per_nfe: int
     samples: int | None
     held_out: int | None
+    reference_steps: int | None
+    banks: int
     hindsight: tuple[int, ...]
     ratio: dict[int, float]
     of: Literal["highest", "mean"]
@@ -75,6 +78,8 @@ FULL: dict[Objective, Sizes] = {
         per_nfe=400,
         samples=None,
         held_out=None,
+        reference_steps=None,
+        banks=4,
         hindsight=(5, 10),
         ratio={5: 0.7, 6: 0.7, 8: 0.7, 10: 0.7},
         of="highest",
@@ -86,6 +91,8 @@ FULL: dict[Objective, Sizes] = {
         per_nfe=150,
         samples=None,
         held_out=None,
+        reference_steps=None,
+        banks=4,
         hindsight=(),
         ratio={3: 0.85, 4: 0.85, 5: 0.85, 6: 1.0, 7: 1.0, 8: 1.0, 9: 1.0, 10: 1.0},
         of="mean",
@@ -93,8 +100,32 @@ FULL: dict[Objective, Sizes] = {
 }
 
 QUICK: dict[Objective, Sizes] = {
-    "rmse": Sizes((5, 5), (0,), 1, 120, 128, 500, (), {5: 0.85}, "highest"),
-    "fd": Sizes((3, 3), (0,), 0, 80, 150, 500, (), {3: 1.0}, "mean"),
+    "rmse": Sizes(
+        nfe=(4, 4),
+        seeds=(0,),
+        released=1,
+        per_nfe=80,
+        samples=128,
+        held_out=250,
+        reference_steps=20,
+        banks=2,
+        hindsight=(),
+        ratio={4: 0.85},
+        of="highest",
+    ),
+    "fd": Sizes(
+        nfe=(3, 3),
+        seeds=(0,),
+        released=0,
+        per_nfe=80,
+        samples=120,
+        held_out=400,
+        reference_steps=20,
+        banks=2,
+        hindsight=(),
+        ratio={3: 1.0},
+        of="mean",
+    ),
 }
 
 
@@ -110,6 +141,8 @@ def _options(
         budget=sizes.per_nfe * (high - low + 1),
         samples=sizes.samples,
         held_out=sizes.held_out,
+        reference_steps=sizes.reference_steps,
+        report_banks=sizes.banks,
         seed=seed,
     )
 

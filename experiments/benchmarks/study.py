@@ -1,18 +1,14 @@
 """How fast the study writes, reads and looks up records; one JSON line per case.
 
-    python -m searchlab.experiments.benchmarks.study [--quick] [--check] [--folder DIR]
+    python -m searchlab.experiments.benchmarks.study [--quick] [--check] [--out F] [--folder DIR]
 
-A case of writing includes building the rows from jobs and evaluations. `--check` exits with 1 and
-names the cases that fall short of their aim.
+A case of writing includes building the rows from jobs and evaluations.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sqlite3
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from searchlab import __version__
+from searchlab.experiments.benchmarks._common import Aim, Journal, flags, spread
 from searchlab.population import Evaluations, Jobs, Population
 from searchlab.study import Database, MemoryRun, Store
 
@@ -142,45 +138,27 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
+def _folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="where the files are made and removed")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, one repeat")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if an aim is missed")
-    parser.add_argument("--folder", type=Path, help="where the files are made and removed")
-    options = parser.parse_args(arguments)
-    missed = []
+    options = flags(__doc__, arguments, add=_folder)
+    journal = Journal("study", options)
     for case in cases(options.quick):
         rates = []
         for _ in range(1 if options.quick else 5):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 rates.append(case.run(Path(folder), case.records))
-        rate = statistics.median(rates)
-        line: dict[str, Any] = {
-            "benchmark": "study",
-            "case": case.name,
-            "records": case.records,
-            "per_s": round(rate),
-            "lowest": round(min(rates)),
-            "highest": round(max(rates)),
-            "repeats": len(rates),
-            "aim": case.aim,
-            "seed": 0,
-            "device": f"cpu ({platform.machine()})",
-            "searchlab": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sqlite": sqlite3.sqlite_version,
-        }
-        print(json.dumps(line), flush=True)
-        if case.aim is not None and rate < case.aim:
-            missed.append(f"{case.name}: {rate:.0f} per s, aim {case.aim:.0f}")
-    if options.check:
-        for text in missed:
-            print(f"falls short: {text}", file=sys.stderr)
-    return 1 if options.check and missed else 0
+        rate = spread([round(rate) for rate in rates])
+        aims = []
+        if case.aim is not None:
+            # The sizes of the short form are too small for the aims of the full one.
+            aims = [Aim("per s, median", rate["median"], "at least", case.aim, not options.quick)]
+        figures = {"records": case.records, "per_s": rate, "sqlite": sqlite3.sqlite_version}
+        journal.case(case.name, figures, aims=aims)
+    return journal.close()
 
 
 if __name__ == "__main__":

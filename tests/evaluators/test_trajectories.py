@@ -20,7 +20,6 @@ from searchlab.spaces.solver_schedule.space import ScheduleRange, SolverSchedule
 from searchlab.spaces.solver_schedule.table import CoefficientTable
 
 PROBLEM = MixtureProblem()
-MEGABYTE = 2**20
 
 
 @pytest.fixture(autouse=True, scope="module")
