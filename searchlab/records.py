@@ -375,6 +375,9 @@ def _records(part: Mapping[str, Sequence[Any]], stored: Mapping[int, tuple[str, 
     states = part["state"]
     if len(states) and not 0 <= min(states) <= max(states) < len(RECORD_STATES):
         raise ValueError(f"states {min(states)} to {max(states)}")
+    for name in ("id", "stage"):
+        if len(part[name]) and min(part[name]) < 0:
+            raise ValueError(f"{name} {min(part[name])}")
     if any(dtype not in ("<f2", "<f4") for dtype, _ in stored.values()):
         raise ValueError("item scores of an unknown type")
     return Records(

@@ -278,7 +278,7 @@ class Database:
 
         runs = tables().runs
         names = connection.execute(sa.select(runs.c.name).order_by(runs.c.run)).scalars().all()
-        known = ", ".join(names) or "none"
+        known = ", ".join(map(str, names)) or "none"
         return StudyError(f"no run {name!r} in {self._where}; there: {known}")
 
     @staticmethod
