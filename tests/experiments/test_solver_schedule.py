@@ -16,6 +16,7 @@ from searchlab.experiments.solver_schedule import RECIPE, SolverScheduleOptions,
 from searchlab.experiments.solver_schedule_export import export
 from searchlab.experiments.solver_schedule_problems import digits_problem, reference_schedule
 from searchlab.search import run
+from searchlab.spaces.solver_schedule.families import fixed_family
 from searchlab.spaces.solver_schedule.schedule_file import load_bundle
 from searchlab.spaces.solver_schedule.table import compile_schedule
 
@@ -98,18 +99,15 @@ def test_exports_say_what_they_are_for(tmp_path):
 def test_plain_sigmas_of_a_known_solver(tmp_path):
     config = build(SolverScheduleOptions(**{**TINY, "nfe": "5", "budget": 0}))
     result = run(config)
-    baselines = [c for c in result.everyone if c.name.endswith("data/q1/none/none/final")]
-    assert baselines
+    plain = fixed_family(result.space.noise, 5, family="mixture")["log_snr/data/q1/none/none/final"]
     group = result.groups[0]
-    group.winner = replace_kind(baselines[0])
+    group.winner = replace(
+        group.best_baseline(), population=result.space.of_schedules([plain]), origin="seed:plain"
+    )
     (path,) = export(config, result, tmp_path, "sigmas")
     sigmas = json.loads(path.read_text())["5"]
     assert len(sigmas) == 6
     assert (np.diff(sigmas) < 0).all()
-
-
-def replace_kind(contender):
-    return replace(contender, origin="seed:plain")
 
 
 def test_the_reference_is_far_better_than_what_is_searched():
