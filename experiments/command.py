@@ -104,7 +104,7 @@ class CommandOptions(_Options):
     shell: bool = _option(False, "run it by /bin/sh")
     timeout: str = _option("1h", "deadline of one attempt: 90s, 30min, 2h")
     grace: str = _option("5s", "time between asking the command to end and making it")
-    retries: int = _option(2, "further attempts after exit code 75")
+    attempts_again: int = _option(2, "further attempts after exit code 75")
     output_limit: int = _option(2**20, "bytes kept of standard output and error each")
     devices: str | None = _option(None, "CUDA_VISIBLE_DEVICES of the command")
     version: int = _option(1, "raise it when the command's values change")
@@ -197,7 +197,7 @@ def build(options: CommandOptions) -> SearchConfig:
         by_shell=options.shell,
         timeout_s=parse_seconds(options.timeout),
         grace_s=parse_seconds(options.grace),
-        retries=options.retries,
+        retries=options.attempts_again,
         output_limit=options.output_limit,
         devices=options.devices,
         seed=options.data_seed,
