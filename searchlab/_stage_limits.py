@@ -23,7 +23,9 @@ class Limits:
     def __init__(self, stage: Stage) -> None:
         self._budget = stage.budget
         self._sign = 1.0 if stage.evaluator.objectives[0].direction == "min" else -1.0
-        self._devices = int(getattr(stage.evaluator, "devices", 1))
+        # A number of devices; a command names the ones it may see, separated by commas.
+        devices = getattr(stage.evaluator, "devices", None)
+        self._devices = len(devices.split(",")) if isinstance(devices, str) else int(devices or 1)
         self._began = time.monotonic()
         self.device_seconds = 0.0
 
