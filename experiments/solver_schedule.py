@@ -22,7 +22,7 @@ from searchlab.recipes import Recipe
 
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
-    from searchlab.config import AlgorithmSpec, SearchConfig
+    from searchlab.config import AlgorithmSpec, Budget, SearchConfig
     from searchlab.report import Section
     from searchlab.result import Result
     from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
@@ -63,8 +63,15 @@ class SolverScheduleOptions:
         "rmse", "rmse: error against the reference; fd, kid: distance of samples to data (digits)"
     )
     nfe: str = _option("5..10", "numbers of model calls, LOW..HIGH or one number")
-    budget: int | None = _option(
-        None, "evaluations beyond the known points; 300 per number of calls"
+    budget: int | str | None = _option(
+        None,
+        "evaluations beyond the known points (300 per number of calls), or a limit such as 90min, "
+        "6gpuh or 50usd",
+    )
+    gpu_price: float | None = _option(None, "US dollars per device hour, for a budget in dollars")
+    target: float | None = _option(None, "a value that is good enough to stop")
+    warm_start: str | None = _option(
+        None, "name or folder of another run over the same space, whose best are proposed first"
     )
     samples: int | None = _option(None, "samples per evaluation")
     held_out: int | None = _option(None, "samples per bank of the selection and report splits")
@@ -75,14 +82,15 @@ class SolverScheduleOptions:
         None, "torch threads; 1 for the bundled problems, torch's own choice for a pipeline"
     )
     quantum: int = _option(8, "children proposed and evaluated together")
-    lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
+    lag: int | Literal["free"] | None = _option(
+        None, "jobs open at once, or free: as many as there is room; fixed when the run is opened"
+    )
 
     def __post_init__(self) -> None:
         low, high = self.calls
         if not 1 <= low <= high <= 100:
             raise ConfigError(f"nfe {self.nfe!r}; allowed: 1 <= LOW <= HIGH <= 100")
-        if self.budget is not None and self.budget < 0:
-            raise ConfigError(f"budget {self.budget}; allowed: 0 or more")
+        self.limits(0)
         if self.quantum < 1:
             raise ConfigError(f"quantum {self.quantum}; allowed: 1 or more")
         if not 2 <= self.report_banks <= 64:
@@ -117,6 +125,13 @@ class SolverScheduleOptions:
         if self.label is not None and not 0 <= self.label <= 9:
             raise ConfigError(f"label {self.label}; allowed: 0 to 9")
 
+    def limits(self, default: int) -> Budget:
+        """What ends the search; so many evaluations where nothing is said."""
+        from searchlab.budget_text import parse_budget
+
+        budget = default if self.budget is None else self.budget
+        return parse_budget(budget, gpu_price=self.gpu_price, target=self.target)
+
     @property
     def calls(self) -> tuple[int, int]:
         """(lowest, highest) number of model calls."""
@@ -143,13 +158,18 @@ class _Room:
 
 def build(options: SolverScheduleOptions) -> SearchConfig:
     """The configuration of a run; loads the model."""
-    from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
+    from searchlab.config import AdoptBest, AlgorithmSpec, Final, SearchConfig, Stage
 
     _set_threads(options)
     low, high = options.calls
     groups = tuple(range(low, high + 1))
     room = _pipeline_room(options) if options.pipeline else _bundled_room(options)
-    budget = options.budget if options.budget is not None else 300 * len(groups)
+    known = None if room.screened else room.known
+    if options.warm_start is not None:
+        from searchlab.warm_start import best_of_run
+
+        warm = best_of_run(options.warm_start, room.space, room.evaluator.objectives[0], per="nfe")
+        known = warm if known is None else known.joined(warm)
     stages = []
     if room.screened:
         stages.append(
@@ -170,8 +190,8 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
             room.space,
             room.evaluator,
             _algorithm(options, groups),
-            Budget(budget),
-            seeds=None if room.screened else room.known,
+            options.limits(300 * len(groups)),
+            seeds=known,
             adopt=AdoptBest(room.kept, per="nfe", kinds=kinds) if room.screened else None,
         )
     )

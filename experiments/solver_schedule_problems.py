@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from searchlab.spaces.solver_schedule.grids import GRIDS
 from searchlab.spaces.solver_schedule.noise_schedule import Edm
 from searchlab.spaces.solver_schedule.points import dpmpp_3m
 from searchlab.spaces.solver_schedule.schedule import Schedule, Step
-from searchlab.spaces.solver_schedule.table import compile_schedule
+from searchlab.spaces.solver_schedule.table import CoefficientTable, compile_schedule
 
 __all__ = ["digits_problem", "mixture_problem", "reference_schedule"]
 
@@ -32,6 +34,29 @@ def reference_schedule(noise: Edm, steps: int) -> Schedule:
     times = GRIDS["karras7"](noise, steps - 1, noise.start, noise.end)
     inner = dpmpp_3m(times, noise, lower_order_final=False)
     return Schedule(noise, inner.start_time, (*inner.steps, Step(noise.clean)))
+
+
+# Classes rather than closures, so that a problem can be sent to worker processes.
+@dataclass(frozen=True)
+class _ManySteps:
+    """The reference solution of a model: a schedule of many steps."""
+
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    table: CoefficientTable
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return PrefixTree(self.denoise, x, remember=False).run([self.table])[0]
+
+
+@dataclass(frozen=True)
+class _ClosedForm:
+    """The reference solution of a mixture, as exact as an integrator makes it."""
+
+    mixture: MixtureProblem
+
+    def __call__(self, x: Tensor) -> Tensor:
+        noise = self.mixture.noise
+        return self.mixture.reference_solution(x, start=noise.start, end=noise.end)
 
 
 def digits_problem(
@@ -48,10 +73,6 @@ def digits_problem(
     noise = Edm()
     denoise = load_digits_denoiser(label=label)
     table = compile_schedule(reference_schedule(noise, reference_steps))
-
-    def reference(x: Tensor) -> Tensor:
-        return PrefixTree(denoise, x, remember=False).run([table])[0]
-
     identity: dict[str, Any] = {
         "model": denoise.model_hash,
         "reference": f"3m karras7 {reference_steps}",
@@ -62,7 +83,7 @@ def digits_problem(
         denoise,
         denoise.shape,
         denoise.sigma_max,
-        reference,
+        _ManySteps(denoise, table),
         identity,
         mean=torch.as_tensor(data_mean(), dtype=torch.float32),
     )
@@ -76,16 +97,13 @@ def mixture_problem() -> SamplingProblem:
     mixture = MixtureProblem()
     noise = mixture.noise
 
-    def reference(x: Tensor) -> Tensor:
-        return mixture.reference_solution(x, start=noise.start, end=noise.end)
-
     return SamplingProblem(
         "mixture M",
         noise,
         mixture.denoise,
         (mixture.dimension,),
         1.0,
-        reference,
+        _ClosedForm(mixture),
         {"problem": "M", "reference": "DOP853 1e-12"},
         mean=mixture.mean,
         dtype=torch.float64,

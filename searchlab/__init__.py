@@ -6,17 +6,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from searchlab.algorithms import Evolution, Listed, ParentRule, Random, Seeds, UniformVariation
+    from searchlab.algorithms import (
+        Evolution,
+        Listed,
+        ParentRule,
+        Race,
+        Random,
+        Seeds,
+        UniformVariation,
+    )
     from searchlab.budget import LinearBudget
+    from searchlab.callbacks import Progress
     from searchlab.config import AdoptBest, AlgorithmSpec, Budget, Final, SearchConfig, Stage
+    from searchlab.constraints import Predicate, Tie
     from searchlab.errors import SearchlabError, SearchlabWarning
     from searchlab.evaluator import Evaluator, Fidelity, FunctionEvaluator, Objective, evaluator
+    from searchlab.item_evaluator import ItemEvaluator
     from searchlab.population import Evaluations, Jobs, Population
     from searchlab.result import Result
     from searchlab.search import run, search, verify
     from searchlab.space import Space, space_from_json
     from searchlab.study import Database, MemoryRun
-    from searchlab.variables import ActiveBelow, ActiveIf, Choice, Integer, Ordered, Real
+    from searchlab.variables import (
+        ActiveBelow,
+        ActiveIf,
+        Affine,
+        Choice,
+        Integer,
+        Ordered,
+        Real,
+        Simplex,
+        Subset,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,20 +47,34 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "Evolution",
         "Listed",
         "ParentRule",
+        "Race",
         "Random",
         "Seeds",
         "UniformVariation",
     ),
     "searchlab.budget": ("LinearBudget",),
+    "searchlab.callbacks": ("Progress",),
     "searchlab.config": ("AdoptBest", "AlgorithmSpec", "Budget", "Final", "SearchConfig", "Stage"),
+    "searchlab.constraints": ("Predicate", "Tie"),
     "searchlab.errors": ("SearchlabError", "SearchlabWarning"),
     "searchlab.evaluator": ("Evaluator", "Fidelity", "FunctionEvaluator", "Objective", "evaluator"),
+    "searchlab.item_evaluator": ("ItemEvaluator",),
     "searchlab.population": ("Evaluations", "Jobs", "Population"),
     "searchlab.result": ("Result",),
     "searchlab.search": ("run", "search", "verify"),
     "searchlab.space": ("Space", "space_from_json"),
     "searchlab.study": ("Database", "MemoryRun"),
-    "searchlab.variables": ("ActiveBelow", "ActiveIf", "Choice", "Integer", "Ordered", "Real"),
+    "searchlab.variables": (
+        "ActiveBelow",
+        "ActiveIf",
+        "Affine",
+        "Choice",
+        "Integer",
+        "Ordered",
+        "Real",
+        "Simplex",
+        "Subset",
+    ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -47,6 +82,7 @@ __all__ = [
     "ActiveBelow",
     "ActiveIf",
     "AdoptBest",
+    "Affine",
     "AlgorithmSpec",
     "Budget",
     "Choice",
@@ -58,6 +94,7 @@ __all__ = [
     "Final",
     "FunctionEvaluator",
     "Integer",
+    "ItemEvaluator",
     "Jobs",
     "LinearBudget",
     "Listed",
@@ -66,6 +103,9 @@ __all__ = [
     "Ordered",
     "ParentRule",
     "Population",
+    "Predicate",
+    "Progress",
+    "Race",
     "Random",
     "Real",
     "Result",
@@ -73,8 +113,11 @@ __all__ = [
     "SearchlabError",
     "SearchlabWarning",
     "Seeds",
+    "Simplex",
     "Space",
     "Stage",
+    "Subset",
+    "Tie",
     "UniformVariation",
     "__version__",
     "evaluator",

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from searchlab.algorithms.base import Told
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
 from searchlab.evaluator import losses
-from searchlab.population import Evaluations, Jobs
+from searchlab.outcomes import constraints_of, violation
+from searchlab.population import PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Answer, Records
+    from searchlab.space import Space
     from searchlab.study import Store
 
-__all__ = ["Known", "is_baseline", "of_answer", "stage_answers"]
+__all__ = [
+    "Group",
+    "Known",
+    "differences",
+    "of_answer",
+    "stage_answers",
+    "under_bound",
+    "under_bounds",
+    "wrong_keys",
+]
+
+
+@dataclass
+class Group:
+    """Jobs of one ask group with what is known of them."""
+
+    jobs: Jobs
+    first_id: int
+    end_id: int
+    losses: NDArray[np.float64]
+    violation: NDArray[np.float64]
+    done: NDArray[np.bool_]
+    told: int = 0  # rows told so far
+    entered: int = 0  # rows answered or submitted so far, in order
+    voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
+    answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
+    baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
+
+    def __post_init__(self) -> None:
+        origin = self.jobs.origin or ("",) * len(self.jobs)
+        self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
+
+    def answers_until(self, stop: int) -> Told:
+        """The answers of the rows that were not told yet, up to `stop`; they are told now."""
+        rows = slice(self.told, stop)
+        self.told = stop
+        return Told(
+            self.jobs.ids[rows],
+            self.jobs.population.take(rows),
+            self.losses[rows],
+            self.violation[rows],
+        )
 
 
 class Known:
@@ -26,6 +73,7 @@ class Known:
 
         void = records.state == VOID
         void_ids = records.ids[void]
+        self._told = dict(zip(records.ids.tolist(), records.told_at_ask.tolist(), strict=True))
         self.void_set = set(void_ids.tolist())
         records = records.take(np.flatnonzero(~void))
         self.jobs = Jobs(
@@ -44,15 +92,23 @@ class Known:
             )
         evaluations.values = evaluations.values[:, :m].reshape(len(records), m)
         self.losses = losses(evaluations, stage.evaluator.objectives)
-        self.violation = np.zeros(len(records))
+        constraints = constraints_of(stage.evaluator)
+        self.violation = violation(evaluations.constraints, constraints)
+        self.cost_s = records.cost_s
         self.cached = np.asarray(records.cached, dtype=bool)
         self.state = records.state
         self.reason = records.reason
         self.row_of = {i: row for row, i in enumerate(records.ids.tolist())}
         ids = np.union1d(records.ids, void_ids)
+        self.last = int(ids[-1]) if len(ids) else -1
         gaps = np.flatnonzero(np.diff(ids) > 1)
         self._first = int(ids[0]) if len(ids) else 0
         self._unbroken = int(ids[gaps[0]] + 1 if len(gaps) else ids[-1] + 1) if len(ids) else 0
+
+    def told_at_ask(self, first_id: int, end_id: int) -> int | None:
+        """How many ids were told when a group was asked for; None where nothing is known of it."""
+        rows = (self._told.get(i) for i in range(first_id, end_id))
+        return next((told for told in rows if told is not None), None)
 
     def complete_until(self, q: int, start: int) -> int:
         """The first id of the first group, counted from `start`, that is not wholly known."""
@@ -65,6 +121,8 @@ def of_answer(answer: Answer) -> Evaluations:
     """A recorded value as an evaluation of one row."""
     return Evaluations(
         values=answer.values[None],
+        state=np.array([answer.state], np.int8),
+        reason=[answer.reason],
         std_error=None if answer.std_error is None else answer.std_error[None],
         constraints=answer.constraints[None],
         signals=answer.signals[None],
@@ -72,13 +130,77 @@ def of_answer(answer: Answer) -> Evaluations:
     )
 
 
-def is_baseline(jobs: Jobs, row: int) -> bool:
-    """Whether a job belongs to the baselines, which no budget counts."""
-    return bool(jobs.origin) and jobs.origin[row].startswith("baseline")
+def under_bound(answer: Answer, bound: float, sign: float) -> Answer | None:
+    """What a recorded value says to a job with a bound of its own, where evaluators can prune.
+
+    A job is pruned if and only if its loss is beyond its bound, and its value is then the bound. A
+    pruned record answers a bound that is equal or tighter; a full one answers every job.
+
+    Args:
+        answer: the record.
+        bound: loss; NaN = none.
+        sign: 1 where the objective is minimised, -1 where it is maximised.
+
+    Returns:
+        The job's own answer, None where the record says too little.
+    """
+    known = sign * float(answer.values[0])
+    if answer.state == PRUNED and not bound <= known:
+        return None
+    if answer.state == PRUNED or known > bound:
+        return answer._replace(
+            values=np.array([sign * bound]),
+            state=PRUNED,
+            reason=answer.reason or "proven worse than its bound",
+        )
+    return answer
+
+
+def under_bounds(found: dict[bytes, Answer], jobs: Jobs, sign: float) -> dict[bytes, Answer]:
+    """The records that answer jobs with bounds, each as its job's own answer."""
+    bounds = np.full(len(jobs), np.nan) if jobs.bound is None else jobs.bound
+    out = {}
+    for key, bound in zip(jobs.keys, bounds.tolist(), strict=True):
+        answer = under_bound(found[key], bound, sign) if key in found else None
+        if answer is not None:
+            out[key] = answer
+    return out
 
 
 def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     """What a stage's records say, for the rule that starts the next stage."""
     records = store.records()
     known = Known(records.take(np.flatnonzero(records.stage == index)), stage)
-    return Answers(stage.space, known.jobs.population, known.jobs.origin, known.losses)
+    jobs = known.jobs
+    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation)
+
+
+# -- verify -------------------------------------------------------------------------------------
+
+
+def wrong_keys(known: Known, space: Space) -> list[str]:
+    """Records whose key is not that of their candidate."""
+    keys = space.keys(known.jobs.population)
+    rows = zip(known.jobs.ids.tolist(), keys, known.jobs.keys, strict=True)
+    return [
+        f"id {i}: recorded {stored.hex()}, but the recorded candidate is {key.hex()}"
+        for i, key, stored in rows
+        if key != stored
+    ]
+
+
+def differences(jobs: Jobs, known: Known, first_id: int, n: int) -> list[str] | None:
+    """Where a recomputed group differs from the records; None where the records end."""
+    asked = dict(zip(jobs.ids.tolist(), jobs.keys, strict=True))
+    out = []
+    for i in range(first_id, first_id + n):
+        at = known.row_of.get(i)
+        if at is None and i not in known.void_set:
+            return None
+        stored = None if at is None else known.jobs.keys[at]
+        if asked.get(i) != stored:
+            out.append(
+                f"id {i}: recorded {stored.hex() if stored else 'void'}, "
+                f"proposed {asked[i].hex() if i in asked else 'void'}"
+            )
+    return out

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Owner"]
+from searchlab.errors import StudyError
+
+if TYPE_CHECKING:
+    from searchlab._study_store import Store
+
+__all__ = ["Owner", "keep_alive"]
+
+BEAT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Owner:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             return False
         with suppress(OSError, IndexError):
             # A zombie still has its number; the state follows the name in parentheses.
@@ -57,3 +67,24 @@ def _namespace() -> str:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
         return "0"
+
+
+@contextmanager
+def keep_alive(store: Store, every_s: float = BEAT_S) -> Iterator[None]:
+    """Keeps a driver's lease while it evaluates, which may take longer than a lease holds."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(every_s):
+            try:
+                store.heartbeat()
+            except StudyError:  # lost, or the database is away: the next record says so
+                return
+
+    thread = threading.Thread(target=beat, name="searchlab-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -14,7 +14,7 @@ from searchlab._study_lease import Owner
 from searchlab._study_schema import errors_named, insert_rows, tables
 from searchlab._study_store import Recorder
 from searchlab.errors import StudyError
-from searchlab.population import OK
+from searchlab.population import OK, PRUNED
 from searchlab.records import ANSWER_COLUMNS, ROW_COLUMNS, Answer, Records, Row, records_from_rows
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ class Run(Recorder):
         lease_s: float = 60.0,
     ) -> None:
         super().__init__(row["name"])
-        self.config: dict[str, Any] = json.loads(row["config"])
-        self.space: str = row["space"]
-        self.seed = int(row["seed"])
-        self.out: str = row["out"]
-        self.created = float(row["created"])
-        self._run = int(row["run"])
         self._where = where
+        with self._reading():
+            self.config: dict[str, Any] = json.loads(row["config"])
+            self.space = str(row["space"])
+            self.seed = int(row["seed"])
+            self.out = str(row["out"])
+            self.created = float(row["created"])
+        self._run = int(row["run"])
         self._owner = owner
         self._lease_s = lease_s
         self._renewed = time.time()
@@ -83,7 +84,8 @@ class Run(Recorder):
                         "SELECT id, dtype, scores FROM items WHERE run = :run",
                         run=self._run,
                     )
-            return records_from_rows(rows, {i: (kind, raw) for i, kind, raw in scores})
+            with self._reading():
+                return records_from_rows(rows, {i: (kind, raw) for i, kind, raw in scores})
 
     def lookup(
         self,
@@ -94,6 +96,7 @@ class Run(Recorder):
         replicate: int,
         other_runs: bool,
         stage: int | None = None,
+        pruned: bool = False,
     ) -> dict[bytes, Answer]:
         """See `Store.lookup`; this run answers before others, and earlier runs before later."""
         with self._lock, errors_named(self._where):
@@ -105,9 +108,11 @@ class Run(Recorder):
             listed = list(wanted)
             for start in range(0, len(listed), _KEYS_AT_ONCE):
                 part = listed[start : start + _KEYS_AT_ONCE]
-                out |= self._stored_answers(part, row_id, fidelity, replicate, other_runs, stage)
-            missing = wanted.keys() - out.keys()
-            return out | self._buffered(set(missing), row_id, fidelity, replicate, stage)
+                out |= self._stored_answers(
+                    part, row_id, fidelity, replicate, other_runs, stage, pruned
+                )
+            missing = {key for key in wanted if key not in out or out[key].state != OK}
+            return out | self._buffered(missing, row_id, fidelity, replicate, stage, pruned)
 
     def _stored_answers(
         self,
@@ -117,6 +122,7 @@ class Run(Recorder):
         replicate: int,
         other_runs: bool,
         stage: int | None,
+        pruned: bool,
     ) -> dict[bytes, Answer]:
         values: dict[str, Any] = {f"k{i}": key for i, key in enumerate(keys)}
         columns = ", ".join(f"r.{name}" for name in ("key", "run", "id", *ANSWER_COLUMNS))
@@ -124,7 +130,8 @@ class Run(Recorder):
         # from walking through the whole run instead.
         statement = (
             f"SELECT {columns} FROM records r WHERE r.key IN ({', '.join(f':{k}' for k in values)})"
-            f" AND r.state < 4 AND r.state = {OK} AND r.evaluator = :evaluator"
+            f" AND r.state < 4 AND r.state IN ({OK}, {PRUNED if pruned else OK})"
+            " AND r.evaluator = :evaluator"
             " AND r.fidelity = :fidelity AND r.replicate = :replicate"
         )
         values |= {"evaluator": evaluator, "fidelity": fidelity, "replicate": replicate}
@@ -138,24 +145,25 @@ class Run(Recorder):
             statement += " AND r.stage = :stage"
             values["stage"] = stage
         rows = self._read(statement, **values)
-        rows.sort(key=lambda row: (row[1] != self._run, row[1], row[2]))
+        place = 3 + ANSWER_COLUMNS.index("state")
+        rows.sort(key=lambda row: (row[place] != OK, row[1] != self._run, row[1], row[2]))
         out: dict[bytes, Answer] = {}
         for key, _, _, *answer in rows:
             if key not in out:
-                out[key] = Answer.from_row(answer)
+                with self._reading():
+                    out[key] = Answer.from_row(answer)
         return out
 
     def evaluators(self) -> dict[int, str]:
         """See `Store.evaluators`."""
         with self._lock, errors_named(self._where):
-            return {
-                int(row): digest
-                for row, digest in self._read(
-                    "SELECT e.evaluator, e.digest FROM evaluators e JOIN run_evaluators r "
-                    "ON r.evaluator = e.evaluator WHERE r.run = :run",
-                    run=self._run,
-                )
-            }
+            rows = self._read(
+                "SELECT e.evaluator, e.digest FROM evaluators e JOIN run_evaluators r "
+                "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                run=self._run,
+            )
+            with self._reading():
+                return {int(row): str(digest) for row, digest in rows}
 
     def environments(self) -> dict[str, dict[str, Any]]:
         """The environment in which this run uses each evaluator, by digest."""
@@ -165,7 +173,17 @@ class Run(Recorder):
                 "ON r.evaluator = e.evaluator WHERE r.run = :run",
                 run=self._run,
             )
-        return {digest: json.loads(text) for digest, text in rows}
+            return self._mappings(rows)
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What each evaluator of this run is, by digest; see `register_evaluator`."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT e.digest, e.identity FROM evaluators e JOIN run_evaluators r "
+                "ON r.evaluator = e.evaluator WHERE r.run = :run",
+                run=self._run,
+            )
+            return self._mappings(rows)
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -337,6 +355,21 @@ class Run(Recorder):
                 )
         self._digests[digest] = row
         return row
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Names the run where what is stored cannot be understood."""
+        try:
+            yield
+        except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise StudyError(f"run {self.name!r} in {self._where} is damaged ({text})") from None
+        except StudyError as error:
+            raise StudyError(f"run {self.name!r} in {self._where}: {error}") from None
+
+    def _mappings(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
+        with self._reading():
+            return {str(digest): dict(json.loads(text)) for digest, text in rows}
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:

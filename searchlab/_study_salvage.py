@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from searchlab.records import RECORD_STATES, ROW_COLUMNS, Records, Row, records_
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["salvage"]
+__all__ = ["Salvage", "read_damaged", "salvage"]
 
 _FURTHEST = 2**34  # rows to look ahead behind a damaged page
 _BLOBS = ("key", "genotype", "values_blob", "std_error", "constraints", "signals")
@@ -32,15 +33,75 @@ _RANGES = {
     "state": (0, len(RECORD_STATES) - 1),
     "fidelity": (-(2**15), 2**15 - 1),
 }
+_NUMBER = (float, int)
+_TABLES: dict[str, dict[str, Any]] = {
+    "runs": {
+        "run": int,
+        "name": str,
+        "config": str,
+        "space": str,
+        "seed": str,
+        "out": str,
+        "created": _NUMBER,
+        "updated": _NUMBER,
+        "records": int,
+    },
+    "run_meta": {"run": int, "key": str, "value": str},
+    "evaluators": {"evaluator": int, "digest": str, "identity": str},
+    "run_evaluators": {"run": int, "evaluator": int, "environment": str, "registered": _NUMBER},
+    "items": {"run": int, "id": int, "dtype": str, "scores": bytes},
+}
 _NULL = {"key", "value", *_NUMBERS, *_REALS[1:4]}
+
+
+@dataclass
+class Salvage:
+    """Readable rows of a damaged file.
+
+    Attributes:
+        runs, run_meta, evaluators, run_evaluators, items: rows in the columns of `_TABLES`.
+        records: rows in the columns of `ROW_COLUMNS`, by (run, id).
+    """
+
+    runs: dict[int, Row] = field(default_factory=dict)
+    run_meta: dict[tuple[int, str], Row] = field(default_factory=dict)
+    evaluators: dict[int, Row] = field(default_factory=dict)
+    run_evaluators: dict[tuple[int, int], Row] = field(default_factory=dict)
+    items: dict[tuple[int, int], Row] = field(default_factory=dict)
+    records: dict[tuple[int, int], Row] = field(default_factory=dict)
+
+    def names(self) -> dict[int, str]:
+        """A name for every run that has records; a lost one is "run-NUMBER", none repeats."""
+        out: dict[int, str] = {}
+        for run in sorted({run for run, _ in self.records}):
+            name = self.runs[run][1] if run in self.runs else f"run-{run}"
+            while name in out.values():
+                name += "+"
+            out[run] = name
+        return out
+
+    def rows_of(self, run: int) -> list[Row]:
+        """Its records' rows, ordered by id."""
+        return [row for (of, _), row in sorted(self.records.items()) if of == run]
 
 
 def salvage(path: Path) -> dict[str, Records]:
     """Records by run name; see `Database.salvage`."""
+    found = read_damaged(path)
+    return {name: records_from_rows(found.rows_of(run)) for run, name in found.names().items()}
+
+
+def read_damaged(path: Path) -> Salvage:
+    """Whatever can be read of a file; the file is not changed.
+
+    Raises:
+        StudyError: there is no such file, or no record can be read.
+    """
     import sqlite3
 
     if not path.is_file():
         raise StudyError(f"there is no database {path}")
+    found = Salvage()
     with tempfile.TemporaryDirectory(prefix="searchlab-salvage-") as folder:
         # A copy: opening a file with a journal beside it would change the file.
         copy = Path(folder) / "copy.db"
@@ -49,42 +110,42 @@ def salvage(path: Path) -> dict[str, Records]:
             beside = path.with_name(path.name + suffix)
             if beside.is_file():
                 shutil.copyfile(beside, copy.with_name(copy.name + suffix))
-        names: dict[int, str] = {}
-        rows: dict[tuple[int, int], Row] = {}
         for attempt in (_read, _read_with_new_head):
             try:
-                names, rows = attempt(copy)
+                found = attempt(copy)
             except (sqlite3.Error, OSError):
                 continue
-            if rows:
+            if found.records:
                 break
-    if not rows:
+    if not found.records:
         raise StudyError(f"{path}: no record can be read")
-    out: dict[str, Records] = {}
-    for run in sorted({run for run, _ in rows}):
-        own = [row for (of, _), row in sorted(rows.items()) if of == run]
-        out[names.get(run, f"run-{run}")] = records_from_rows(own)
+    return found
+
+
+def _read(path: Path) -> Salvage:
+    import sqlite3
+
+    out = Salvage()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.text_factory = lambda raw: raw.decode(errors="replace")
+        for name, columns in _TABLES.items():
+            keys = 2 if name in ("run_meta", "run_evaluators", "items") else 1
+            kept: dict[Any, Row] = getattr(out, name)
+            try:
+                for row in _scan(connection, name, tuple(columns)):
+                    if all(
+                        isinstance(v, kind) for v, kind in zip(row, columns.values(), strict=True)
+                    ):
+                        kept.setdefault(row[:keys] if keys > 1 else row[0], row)
+            except sqlite3.Error:
+                continue  # a table that is not there
+        for run, *record in _scan(connection, "records", ("run", *ROW_COLUMNS)):
+            if isinstance(run, int) and _is_sound(record):
+                out.records.setdefault((run, record[0]), tuple(record))
     return out
 
 
-def _read(path: Path) -> tuple[dict[int, str], dict[tuple[int, int], Row]]:
-    import sqlite3
-
-    with closing(sqlite3.connect(path)) as connection:
-        connection.text_factory = lambda raw: raw.decode(errors="replace")
-        names = {
-            run: name
-            for run, name in _scan(connection, "runs", ("run", "name"))
-            if isinstance(run, int) and isinstance(name, str)
-        }
-        rows: dict[tuple[int, int], Row] = {}
-        for run, *row in _scan(connection, "records", ("run", *ROW_COLUMNS)):
-            if isinstance(run, int) and _is_sound(row):
-                rows.setdefault((run, row[0]), tuple(row))
-        return names, rows
-
-
-def _read_with_new_head(path: Path) -> tuple[dict[int, str], dict[tuple[int, int], Row]]:
+def _read_with_new_head(path: Path) -> Salvage:
     """Reads behind a first page that is taken from a new file.
 
     The first page holds the file's header and the places of the tables, and these are the same in
@@ -122,6 +183,8 @@ def _scan(connection: sqlite3.Connection, table: str, columns: tuple[str, ...]) 
     while True:
         try:
             for rowid, *row in connection.execute(statement, (last,)):
+                if rowid <= last:  # pages that point at each other give rows without end
+                    raise sqlite3.DatabaseError("rows are out of order")
                 last = rowid
                 yield tuple(row)
             return

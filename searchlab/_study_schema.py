@@ -294,9 +294,11 @@ def check_schema(connection: Connection, where: str) -> None:
         raise StudyError(f"{where} is a database, but no study: its schema version is {found!r}")
     if int(found) > SCHEMA_VERSION:
         raise StudyError(
-            f"{where} has schema version {found}; this searchlab reads up to {SCHEMA_VERSION}: "
-            "use a newer searchlab"
+            f"{where} has schema version {found[:20]}; this searchlab reads up to "
+            f"{SCHEMA_VERSION}: use a newer searchlab"
         )
+    if int(found) < 1:
+        raise StudyError(f"{where} has schema version {found}; allowed: 1 to {SCHEMA_VERSION}")
 
 
 # -- errors -------------------------------------------------------------------------------------
@@ -323,6 +325,11 @@ def _explain(error: Exception, where: str) -> str | None:
     import sqlalchemy as sa
 
     cause: BaseException = error
+    if isinstance(error, UnicodeError | ValueError | TypeError):
+        said = " ".join(str(error).split())
+        return (
+            f"{where} holds values that no study has ({said[:200]}); `searchlab salvage` reads them"
+        )
     if isinstance(error, sa.exc.DBAPIError) and error.orig is not None:
         cause = error.orig
     elif not isinstance(error, sqlite3.Error | OSError | sa.exc.SQLAlchemyError):
@@ -335,9 +342,9 @@ def _explain(error: Exception, where: str) -> str | None:
             "another commit()"
         )
     if "not a database" in said:
-        return f"{where} is not a study database ({said}); Database.salvage reads what is left"
+        return f"{where} is not a study database ({said}); `searchlab salvage` reads what is left"
     if "malformed" in said:
-        return f"{where} is corrupt ({said}); Database.salvage reads what is left"
+        return f"{where} is corrupt ({said}); `searchlab salvage` reads what is left"
     if "locked" in said:
         return f"{where} stayed locked by another process for {BUSY_TIMEOUT_S:.0f} s"
     return f"{where}: {said}"

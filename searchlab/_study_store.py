@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from searchlab.errors import StudyError
-from searchlab.population import OK, Evaluations, Jobs
+from searchlab.population import OK, PRUNED, Evaluations, Jobs
 from searchlab.records import (
     ANSWER_COLUMNS,
     ROW_COLUMNS,
@@ -28,6 +28,8 @@ from searchlab.records import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from searchlab.evaluator import Objective
     from searchlab.space import Space
 
@@ -100,8 +102,9 @@ class Store(Protocol):
         replicate: int,
         other_runs: bool,
         stage: int | None = None,
+        pruned: bool = False,
     ) -> dict[bytes, Answer]:
-        """Earlier values of these candidates, the open batch included; only rows that are ok.
+        """Earlier values of these candidates, the open batch included; rows that are ok.
 
         Args:
             keys: canonical keys.
@@ -110,6 +113,7 @@ class Store(Protocol):
             replicate: noise block.
             other_runs: whether runs of the same database and space may answer as well.
             stage: only records of this stage (for runs whose stages have different spaces).
+            pruned: also rows that are pruned, where no ok row answers.
         """
 
     def set_meta(self, key: str, value: Any) -> None:
@@ -202,7 +206,40 @@ class Recorder(ABC):
         with self._lock:
             text = self._meta.get(key)
             text = self._stored_meta(key) if text is None else text
-        return default if text is None else json.loads(text)
+        try:
+            return default if text is None else json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            raise StudyError(f"the value of {key!r} of run {self.name!r} is damaged") from None
+
+    def to_pandas(
+        self,
+        space: Space | Sequence[Space] | None = None,
+        objectives: Sequence[Objective] | None = None,
+    ) -> pd.DataFrame:
+        """All committed records as a data frame, one row each, ordered by id.
+
+        Args:
+            space: the space of all stages, or one per stage; later stages, such as the final's,
+                have the last one. By default what the run itself keeps of its variables.
+            objectives: they name the columns of the values; by default the run's own.
+
+        Returns:
+            A frame with a column per part of a record and per variable; a variable with a shape
+            is a column of lists. Candidates are left out where no space is known.
+
+        Raises:
+            StudyError: more objectives in the records than names.
+            SpaceError: stored candidates are not of the given space.
+        """
+        from searchlab._run_layout import LAYOUT, read_layout
+        from searchlab._study_table import to_pandas
+
+        if space is None or objectives is None:
+            layout = read_layout(self.get_meta(LAYOUT), self.name)
+            if layout is not None:
+                space = layout.spaces if space is None else space
+                objectives = layout.objectives if objectives is None else objectives
+        return to_pandas(self.records(), space, objectives)
 
     def export_csv(
         self,
@@ -218,9 +255,20 @@ class Recorder(ABC):
                 have the last one.
             objectives: they name the columns of the values.
         """
-        from searchlab._study_csv import write_csv
+        from searchlab._study_table import write_csv
 
         write_csv(Path(path), self.records(), space, objectives)
+
+    def export_parquet(
+        self,
+        path: str | Path,
+        space: Space | Sequence[Space],
+        objectives: Sequence[Objective],
+    ) -> None:
+        """Like `export_csv`, as Parquet. Raises ConfigError where pyarrow is not installed."""
+        from searchlab._study_table import write_parquet
+
+        write_parquet(Path(path), self.records(), space, objectives)
 
     def _note(self, ids: NDArray[np.int64]) -> None:
         """Marks ids as recorded. Raises StudyError for one that is marked already."""
@@ -247,12 +295,20 @@ class Recorder(ABC):
         return StudyError(f"job {index} of run {self.name!r} is recorded already")
 
     def _buffered(
-        self, wanted: set[bytes], evaluator: int, fidelity: int, replicate: int, stage: int | None
+        self,
+        wanted: set[bytes],
+        evaluator: int,
+        fidelity: int,
+        replicate: int,
+        stage: int | None,
+        pruned: bool,
     ) -> dict[bytes, Answer]:
         out: dict[bytes, Answer] = {}
-        for row in self._rows:
-            if _answers(row, evaluator, fidelity, replicate, stage) and row[_KEY] in wanted:
-                out.setdefault(row[_KEY], Answer.from_row([row[i] for i in _ANSWER_AT]))
+        for state in (OK, PRUNED) if pruned else (OK,):
+            for row in self._rows:
+                fits = row[_STATE] == state and row[_KEY] in wanted
+                if fits and _answers(row, evaluator, fidelity, replicate, stage):
+                    out.setdefault(row[_KEY], Answer.from_row([row[i] for i in _ANSWER_AT]))
         return out
 
     def _check_open(self) -> None:
@@ -269,8 +325,7 @@ class Recorder(ABC):
 
 def _answers(row: Row, evaluator: int, fidelity: int, replicate: int, stage: int | None) -> bool:
     return bool(
-        row[_STATE] == OK
-        and row[_EVALUATOR] == evaluator
+        row[_EVALUATOR] == evaluator
         and row[_FIDELITY] == fidelity
         and row[_REPLICATE] == replicate
         and (stage is None or row[_STAGE] == stage)
@@ -313,6 +368,7 @@ class MemoryRun(Recorder):
         replicate: int,
         other_runs: bool,
         stage: int | None = None,
+        pruned: bool = False,
     ) -> dict[bytes, Answer]:
         """See `Store.lookup`; there are no other runs."""
         with self._lock:
@@ -321,7 +377,7 @@ class MemoryRun(Recorder):
                 return {}
             for position in range(self._indexed, len(self._stored)):
                 row = self._stored[position]
-                if row[_STATE] == OK:
+                if row[_STATE] in (OK, PRUNED):
                     place = (row[_KEY], row[_EVALUATOR], row[_FIDELITY], row[_REPLICATE])
                     self._index.setdefault(place, []).append(position)
             self._indexed = len(self._stored)
@@ -331,11 +387,12 @@ class MemoryRun(Recorder):
                     self._stored[i] for i in self._index.get((key, row_id, fidelity, replicate), ())
                 ]
                 rows = [row for row in rows if stage is None or row[_STAGE] == stage]
+                rows = [row for row in rows if pruned or row[_STATE] == OK]
                 if rows:
-                    first = min(rows, key=lambda row: cast(int, row[0]))
+                    first = min(rows, key=lambda row: (row[_STATE] != OK, cast(int, row[0])))
                     out[key] = Answer.from_row([first[i] for i in _ANSWER_AT])
             missing = set(keys) - out.keys()
-            return {**out, **self._buffered(missing, row_id, fidelity, replicate, stage)}
+            return {**out, **self._buffered(missing, row_id, fidelity, replicate, stage, pruned)}
 
     def register_evaluator(
         self, digest: str, identity: Mapping[str, Any], environment: Mapping[str, Any]

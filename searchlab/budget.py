@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.errors import SpaceError
-from searchlab.variables import Choice, Integer, Variable
+from searchlab.variables import Choice, Integer, Subset, Variable
 
 if TYPE_CHECKING:
     from searchlab.population import Population
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["REPAIR_WIDTH", "LinearBudget"]
 
 REPAIR_WIDTH = 16  # uniforms per candidate and budget in one repair (two per change, reused)
+_MOST_VALUES = 2**16  # of an integer in a budget: a repair looks at all of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +26,10 @@ class LinearBudget:
     """lower <= sum of table entries of the active elements <= upper.
 
     Args:
-        table: variable name -> costs, float64 (*shape, labels) for a choice, or a number per unit
-            for an integer variable (its value times that number counts).
-        upper: the largest allowed sum.
+        table: variable name -> costs, float64 (*shape, labels) for a choice; (*shape, n), what each
+            member costs, for a subset; or a number per unit for an integer variable (its value
+            times that number counts). Smaller shapes broadcast.
+        upper: the largest allowed sum, inf by default.
         lower: the smallest allowed sum, -inf by default.
         name: how the sum is called in tables, records and errors.
         offset: added to every sum.
@@ -37,17 +39,19 @@ class LinearBudget:
     """
 
     table: Mapping[str, Any]
-    upper: float
+    upper: float = np.inf
     lower: float = -np.inf
     name: str = "budget"
     offset: float = 0.0
 
     def __post_init__(self) -> None:
         table: dict[str, NDArray[np.float64]] = {}
+        if not isinstance(self.table, Mapping):
+            raise SpaceError(f"budget {self.name!r}: table {self.table!r}; allowed: a mapping")
         for key, value in self.table.items():
             try:
                 table[key] = np.array(value, dtype=np.float64)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise SpaceError(
                     f"budget {self.name!r}: costs of {key!r} are {value!r}; allowed: numbers"
                 ) from None
@@ -75,12 +79,17 @@ class LinearBudget:
                 raise SpaceError(f"budget {self.name!r} names {key!r}; known: {sorted(variables)}")
             if isinstance(variable, Choice):
                 want: tuple[int, ...] = (*variable.shape, len(variable.labels))
-            elif isinstance(variable, Integer):
+            elif isinstance(variable, Integer | Subset):
                 want = variable.shape
             else:
                 raise SpaceError(
                     f"budget {self.name!r}: {key!r} is a {variable.kind}; "
-                    "allowed: choices and integers"
+                    "allowed: choices, integers and subsets"
+                )
+            if isinstance(variable, Integer) and variable.unit_count > _MOST_VALUES:
+                raise SpaceError(
+                    f"budget {self.name!r}: {key!r} has {variable.unit_count} values; "
+                    f"allowed: at most {_MOST_VALUES} (see `step`)"
                 )
             try:
                 full = np.broadcast_to(costs, want)
@@ -91,11 +100,16 @@ class LinearBudget:
                 ) from None
             if isinstance(variable, Integer):
                 full = np.stack([full * variable.low, full * variable.high], axis=-1)
-            least, most = full.min(-1), full.max(-1)
+            if isinstance(variable, Subset):
+                ranked = np.sort(full, axis=-1)
+                least = ranked[..., : variable.k].sum(axis=-1)
+                most = ranked[..., variable.n - variable.k :].sum(axis=-1)
+            else:
+                least, most = full.min(-1), full.max(-1)
             if variable.when:  # an inactive element pays nothing
                 least, most = np.minimum(least, 0), np.maximum(most, 0)
             low, high = low + float(least.sum()), high + float(most.sum())
-        slip = self._slip
+        slip = self.slip
         if low > self.upper + slip or high < self.lower - slip:
             raise SpaceError(
                 f"budget {self.name!r} allows [{self.lower}, {self.upper}] but every candidate "
@@ -108,6 +122,10 @@ class LinearBudget:
         full = np.broadcast_to(self.table[key], (*variable.shape, labels))
         return full.reshape(variable.size, labels)
 
+    def unit_costs(self, key: str, variable: Variable) -> NDArray[np.float64]:
+        """What one unit of an integer, or one member of a subset, costs; float64 (size,)."""
+        return np.broadcast_to(self.table[key], variable.shape).reshape(-1)
+
     def element_costs(
         self, key: str, variable: Variable, values: NDArray[Any], active: NDArray[Any]
     ) -> NDArray[np.float64]:
@@ -116,9 +134,17 @@ class LinearBudget:
         if isinstance(variable, Choice):
             paid = self.choice_table(key, variable)[np.arange(variable.size), flat.astype(np.int64)]
         else:
-            unit = np.broadcast_to(self.table[key], variable.shape).reshape(-1)
-            paid = flat * unit
+            paid = flat * self.unit_costs(key, variable)
         return np.where(active.reshape(flat.shape), paid, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "table": {key: table.tolist() for key, table in self.table.items()},
+            "upper": self.upper if np.isfinite(self.upper) else None,
+            "lower": self.lower if np.isfinite(self.lower) else None,
+            "offset": self.offset,
+        }
 
     def cost(
         self,
@@ -136,10 +162,10 @@ class LinearBudget:
 
     def holds(self, cost: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which sums are allowed, bool (n,)."""
-        return (cost <= self.upper + self._slip) & (cost >= self.lower - self._slip)
+        return (cost <= self.upper + self.slip) & (cost >= self.lower - self.slip)
 
     @property
-    def _slip(self) -> float:
+    def slip(self) -> float:
         """What rounding of a sum may cost."""
         ends = [abs(end) for end in (self.lower, self.upper) if np.isfinite(end)]
         return 1e-9 * max(1.0, *ends)

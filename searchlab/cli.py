@@ -1,15 +1,17 @@
-"""The command line: run, resume, verify, show, report, export, list, doctor."""
+"""The command line: run, resume, verify, show, report, list, doctor; others in `command_*`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from searchlab import __version__
+from searchlab import __version__, command_external
+from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
 from searchlab.errors import (
     ConfigError,
     DataError,
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(command_external.recipe_of_evaluator(arguments))
         if rest and getattr(options, "command", None) != "run":
             parser.error(f"unknown arguments: {' '.join(rest)}")
         action: Callable[[argparse.Namespace, list[str]], int] = options.action
@@ -103,18 +105,20 @@ def _parser() -> _Parser:
     sub.add_argument("-h", "--help", action="store_true")
 
     sub = add("resume", "go on with a run", _resume)
-    sub.add_argument("--budget", type=int, help="a new, larger budget")
+    sub.add_argument("--budget", help="a new, larger budget: 400, 90min, 6gpuh, 50usd")
+    sub.add_argument("--gpu-price", type=float, help="US dollars per device hour")
+    add_flags(sub)
+    add_durability(sub)
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
     sub = add("report", "write report.html again", _report)
     sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
-    sub = add("export", "write the winners, or all records", _export)
-    sub.add_argument("directory", nargs="?", metavar="DIR", help="folder for the winners")
-    sub.add_argument("--csv", metavar="FILE", help="one row per record")
-    sub.add_argument("--to", default="", metavar="FORM", help="a form of the recipe")
+    command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
+    for module in ("export", "dashboard", "compare", "check", "salvage"):
+        importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 
 
@@ -122,8 +126,9 @@ def _parser() -> _Parser:
 
 
 def _recipe_parser(recipe: Recipe) -> _Parser:
-    from searchlab.recipes import flags_of
+    from searchlab.recipes import flags_of, repeatable
 
+    lists = repeatable(recipe)
     parser = _Parser(
         prog=f"searchlab run {recipe.name}", description=recipe.summary, allow_abbrev=False
     )
@@ -136,14 +141,21 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
     general.add_argument("--out", metavar="DIR", help="the run's folder; runs/NAME by default")
     general.add_argument("--name", help="name of the run; the recipe's by default")
     general.add_argument("--database", help="SQLite path or URL; runs/searchlab.db by default")
+    add_durability(general)
     general.add_argument("--quiet", action="store_true", help="no progress line")
+    flags = flags_of(recipe)
+    add_flags(parser, taken=[name for name, *_ in flags])
     own = parser.add_argument_group("the search")
-    for name, text, default, flag in flags_of(recipe):
-        shown = text.replace("%", "%%") + ("" if default is None else f" ({default})")
+    for name, text, default, flag in flags:
+        shown = text.replace("%", "%%") + (f" ({default})" if default not in (None, "", ()) else "")
         option = f"--{name.replace('_', '-')}"
         if flag:
             own.add_argument(
                 option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
+            )
+        elif name in lists:
+            own.add_argument(
+                option, dest=name, default=None, help=shown, metavar="VALUE", action="append"
             )
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
@@ -151,12 +163,17 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab.config import known_names
     from searchlab.recipes import RECIPES, flags_of, load_recipe, options_from, read_config_file
 
     if options.recipe is None or options.recipe.startswith("-"):
         print("usage: searchlab run RECIPE [options]\n\nrecipes:")
-        for name in sorted(RECIPES):
-            print(f"  {name:20} {load_recipe(name).summary}")
+        for name in known_names(RECIPES, "recipe"):
+            try:
+                summary = load_recipe(name).summary
+            except ConfigError as error:  # one broken plugin does not hide the others
+                summary = f"({error})"
+            print(f"  {name:20} {summary}")
         return EXIT_OK if options.help else EXIT_BAD_INPUT
     recipe = load_recipe(options.recipe)
     parser = _recipe_parser(recipe)
@@ -181,16 +198,37 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     database = given.database or DEFAULT_DATABASE
     if given.dry_run:
         return _dry_run(recipe, chosen, name, out, database)
-    return _execute(recipe, chosen, name, out, database, quiet=given.quiet)
+    return _execute(recipe, chosen, name, out, database, given, quiet=given.quiet)
+
+
+def add_durability(parser: Any) -> None:
+    """The option that says what a commit waits for."""
+    parser.add_argument(
+        "--durability",
+        choices=("process", "power"),
+        default="process",
+        help="what committed records survive: the end of the process (default), or a power "
+        "failure too (each commit waits for the disk)",
+    )
 
 
 def _execute(
-    recipe: Recipe, chosen: Any, name: str, out: Path, database: str, *, quiet: bool = False
+    recipe: Recipe,
+    chosen: Any,
+    name: str,
+    out: Path,
+    database: str,
+    given: argparse.Namespace,
+    *,
+    quiet: bool = False,
 ) -> int:
     from searchlab.progress import ProgressLine
     from searchlab.runs import run_recipe, write_artefacts
 
-    config = recipe.build(chosen)
+    if recipe.opens_only:
+        return command_external.open_only(recipe, chosen, name, out, database)
+    executor = executor_options(given)
+    config = with_pace(recipe.build(chosen), given)
     line = ProgressLine(unit=config.group_by or "")
     opened: list[bool] = []
     try:
@@ -202,7 +240,9 @@ def _execute(
             database=database,
             callbacks=() if quiet else (line,),
             config=config,
+            executor=executor.build(),
             opened=lambda: opened.append(True),
+            durability=given.durability,
         )
         line.done()
         print(result.table())
@@ -227,6 +267,11 @@ def _counts_line(result: Result) -> str:
     seconds = result.meta.get("seconds")
     stop = result.meta.get("stop_reason")
     tail = f"; {seconds:.0f} s" if seconds else ""
+    usage = result.meta.get("usage")
+    if usage and usage["workers"] > 1:
+        tail += f"; {usage['workers']} workers {100 * usage['utilisation']:.0f} % busy"
+        lost = usage["deaths"] + usage["timeouts"]
+        tail += f", {lost} lost" if lost else ""
     return f"\n{counts}; seed {result.meta['seed']}{tail}" + (
         f"; stopped by {stop}" if stop else ""
     )
@@ -246,9 +291,12 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     from searchlab.runs import find_run, open_config
 
     address = find_run(options.run, options.database)
-    changes = {} if options.budget is None else {"budget": options.budget}
+    given = {"budget": options.budget, "gpu_price": options.gpu_price}
+    changes = {name: value for name, value in given.items() if value is not None}
     opened = open_config(address, changes=changes)
-    return _execute(opened.recipe, opened.options, address.name, address.out, address.database)
+    check_pace(options, opened.pace)
+    place = address.name, address.out, address.database
+    return _execute(opened.recipe, opened.options, *place, options)
 
 
 # -- looking at runs ----------------------------------------------------------------------------
@@ -311,33 +359,6 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     more = recipe.sections(opened.config, result) if recipe.sections is not None else ()
     target = Path(options.to) if options.to else opened.address.out / "report.html"
     print(write_report(result, target, sections=more))
-    return EXIT_OK
-
-
-def _export(options: argparse.Namespace, rest: list[str]) -> int:
-    from searchlab.runs import export_result, find_run, open_config
-    from searchlab.study import Database
-
-    if options.csv is None and options.directory is None:
-        raise ConfigError("export needs a folder or --csv FILE")
-    if options.csv is not None:
-        opened = open_config(find_run(options.run, options.database))
-        base = Database(opened.address.database)
-        try:
-            store = base.read(opened.address.name)
-            spaces = [stage.space for stage in opened.config.stages]
-            objectives = opened.config.stages[-1].evaluator.objectives
-            store.export_csv(Path(options.csv), spaces, objectives)
-        finally:
-            base.close()
-        print(options.csv)
-    if options.directory is not None:
-        opened, result = _stored_result(options)
-        paths = export_result(
-            opened.recipe, opened.config, result, Path(options.directory), options.to
-        )
-        for path in paths:
-            print(path)
     return EXIT_OK
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,13 @@ from searchlab.population import Population
 from searchlab.space import Space
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from searchlab.algorithms.base import Algorithm, Seeds
 
 __all__ = [
     "ALGORITHMS",
+    "EXECUTORS",
     "AdoptBest",
     "AlgorithmSpec",
     "Answers",
@@ -28,30 +31,66 @@ __all__ = [
     "Final",
     "SearchConfig",
     "Stage",
-    "stage_digest",
+    "best_rows",
+    "known_names",
     "resolve",
+    "stage_digest",
 ]
 
 ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
 }
-
+EXECUTORS: dict[str, str] = {
+    "local": "searchlab.executors.local:LocalExecutor",
+    "processes": "searchlab.executors.processes:ProcessExecutor",
+}
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
 
 
 def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
-    """Imports what a registry's "module:attribute" string names.
+    """Imports what a name stands for: a "module:attribute" string of a registry, or a plugin.
+
+    Another package adds names by entry points of the group "searchlab.KINDs", for example
+    "searchlab.algorithms"; names of the registry come first.
+
+    Args:
+        registry: names that come with searchlab.
+        name: what is wanted.
+        kind: "algorithm", "executor", "evaluator" or "recipe".
 
     Raises:
-        ConfigError: the name is not registered; lists the known ones.
+        ConfigError: the name is not registered (lists the known ones), or its plugin cannot be
+            loaded.
     """
-    if name not in registry:
-        raise unknown_name(kind, name, registry)
-    module, attribute = registry[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name in registry:
+        module, attribute = registry[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    for entry in _plugins(kind):
+        if entry.name == name:
+            try:
+                return entry.load()
+            except Exception as error:  # whatever a module of others does when it is imported
+                origin = f" of {entry.dist.name}" if entry.dist is not None else ""
+                raise ConfigError(
+                    f"{kind} {name!r}{origin} cannot be loaded from {entry.value!r}: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+    raise unknown_name(kind, name, known_names(registry, kind))
+
+
+def known_names(registry: Mapping[str, str], kind: str) -> list[str]:
+    """Every name that `resolve` knows, plugins included."""
+    return sorted({*registry, *(entry.name for entry in _plugins(kind))})
+
+
+def _plugins(kind: str) -> Iterable[EntryPoint]:
+    import importlib.metadata
+
+    return importlib.metadata.entry_points(group=f"searchlab.{kind}s")
 
 
 @dataclass(frozen=True)
@@ -78,11 +117,19 @@ class Budget:
         evaluations: jobs that are paid, baselines apart; None = until the algorithm is exhausted.
         seconds: wall time of the stage in this process.
         includes_hits: count jobs that the cache answered too.
+        device_hours: hours of devices that the evaluations of all processes took.
+        price: US dollars, at `gpu_price` per device hour.
+        gpu_price: US dollars per device hour.
+        target: value of the first objective, in the user's sign, that is good enough.
     """
 
     evaluations: int | None = None
     seconds: float | None = None
     includes_hits: bool = False
+    device_hours: float | None = field(default=None, kw_only=True)
+    price: float | None = field(default=None, kw_only=True)
+    gpu_price: float | None = field(default=None, kw_only=True)
+    target: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         number = self.evaluations
@@ -90,18 +137,33 @@ class Budget:
             isinstance(number, bool) or not isinstance(number, int) or number < 0
         ):
             raise ConfigError(f"budget of {number!r} evaluations; allowed: 0 or more")
-        if self.seconds is not None and self.seconds <= 0:
-            raise ConfigError(f"budget of {self.seconds} seconds; allowed: more than 0")
+        limits = {
+            "seconds": self.seconds,
+            "device hours": self.device_hours,
+            "dollars": self.price,
+            "dollars per device hour": self.gpu_price,
+        }
+        for what, value in limits.items():
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"budget of {value} {what}; allowed: more than 0")
+        if self.price is not None and self.gpu_price is None:
+            raise ConfigError(f"budget of {self.price} dollars; allowed with a gpu_price")
+        if self.target is not None and not np.isfinite(self.target):
+            raise ConfigError(f"target {self.target}; allowed: a finite value")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a finished stage knows, for the rule that starts the next one."""
+    """What a finished stage knows, for the rule that starts the next one.
+
+    `violation` is the sum of broken outcome constraints, (n,); None = there are none.
+    """
 
     space: Space
     population: Population
     origin: tuple[str, ...]
     losses: NDArray[np.float64]
+    violation: NDArray[np.float64] | None = None
 
 
 class Adopt(Protocol):
@@ -128,15 +190,15 @@ class AdoptBest:
     def __call__(self, answers: Answers, space: Space) -> Seeds:
         from searchlab.algorithms.base import Seeds
 
-        rows = _best_rows(answers, self.k, self.per, self.kinds)
+        rows = best_rows(answers, self.k, self.per, self.kinds)
         population = answers.population.take(rows)
         return Seeds(population, tuple(answers.origin[i] for i in rows))
 
 
-def _best_rows(
-    answers: Answers, k: int, per: str | None, kinds: Sequence[str]
-) -> NDArray[np.int64]:
+def best_rows(answers: Answers, k: int, per: str | None, kinds: Sequence[str]) -> NDArray[np.int64]:
+    """Rows of the k best successes of every group and kind, best first."""
     loss = answers.losses[:, 0]
+    broken = np.zeros(len(loss)) if answers.violation is None else answers.violation
     if per is None:
         groups = np.zeros(len(loss), dtype=np.int64)
     else:
@@ -146,7 +208,7 @@ def _best_rows(
         for kind in kinds:
             member = np.array([origin.startswith(kind) for origin in answers.origin])
             rows = np.flatnonzero((groups == group) & member & np.isfinite(loss))
-            order = rows[np.argsort(loss[rows], kind="stable")][:k]
+            order = rows[np.lexsort((loss[rows], broken[rows]))][:k]
             chosen.update(dict.fromkeys(order.tolist()))
     return np.array(list(chosen), dtype=np.int64)
 
@@ -250,7 +312,8 @@ class SearchConfig:
         name: default name of the run.
         seed: the one user seed.
         lag: at most this many jobs are open; fixed when the run is opened. None = chosen from the
-            number of workers.
+            number of workers; "free" = as many as the executor has room for, so that proposals
+            depend on timing and are reproducible from the run's records only.
         chunk: jobs per call of the evaluator; None = the algorithm's quantum.
         group_by: static cost whose integer values are reported apart (model calls, for example).
         groups: the groups that are reported; empty = whatever occurs.
@@ -263,7 +326,7 @@ class SearchConfig:
     stages: tuple[Stage, ...]
     name: str = "search"
     seed: int = 0
-    lag: int | None = None
+    lag: int | Literal["free"] | None = None
     chunk: int | None = None
     group_by: str | None = None
     groups: tuple[int, ...] = ()
@@ -278,8 +341,11 @@ class SearchConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed}; allowed: 0 to 2**63 - 1")
         for name, value in (("lag", self.lag), ("chunk", self.chunk)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value}; allowed: 1 or more")
+            if value == "free" and name == "lag":
+                continue
+            if value is not None and (not isinstance(value, int) or value < 1):
+                more = " or 'free'" if name == "lag" else ""
+                raise ConfigError(f"{name} {value!r}; allowed: 1 or more{more}")
 
     def describe(self) -> dict[str, Any]:
         """JSON that must be equal for a run to be resumed (budgets may grow)."""

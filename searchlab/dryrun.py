@@ -25,7 +25,7 @@ def estimate(config: SearchConfig) -> list[str]:
         jobs = seeds + (stage.budget.evaluations or 0)
         total += seconds * jobs
         records += jobs
-        budget = stage.budget.evaluations
+        budget, price = stage.budget.evaluations, stage.budget.gpu_price
         fidelity = stage.evaluator.fidelities[stage.fidelity_index].name
         lines.append(
             f"stage {stage.name!r}: {seeds} given candidates, "
@@ -33,6 +33,9 @@ def estimate(config: SearchConfig) -> list[str]:
             f"{stage.algorithm.name} on {stage.space.size} elements, "
             f"{seconds * 1e3:.1f} ms each"
         )
+        if price is not None:
+            hours = seconds / 3600 * int(getattr(stage.evaluator, "devices", 1))
+            lines.append(f"stage {stage.name!r}: {hours * price:.3g} usd per evaluation")
     lines.append(
         f"about {records} evaluations, {total:.0f} s in this process before sharing and the final, "
         f"{records * BYTES_PER_RECORD / 2**20:.1f} MiB in the database"

@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -92,6 +93,10 @@ class Evaluator(Protocol):
     the executor then makes every row of the chunk `failed` with the reason.
     `reproducibility` says what a value is a function of: "exact" = (candidate, fidelity,
     replicate), "batch" = the whole chunk, "noisy" = nothing is claimed.
+
+    Optional attributes: `constraints` (a tuple of `searchlab.outcomes.Constraint`, in the order of
+    the columns of `Evaluations.constraints`), `probe` (False = no call beyond the jobs is made to
+    measure repeatability), `place(folder)` (told where the run keeps its files).
     """
 
     @property
@@ -193,11 +198,13 @@ class FunctionEvaluator:
             return self._shaped(
                 self.function(plans, fidelity, self.seed + jobs.replicate), len(jobs)
             )
-        parts = []
+        parts: list[Evaluations] = []
+        notes: dict[str, str] = {}
         for plan in plans:
             try:
                 parts.append(self._shaped([self.function(**plan)], 1))
             except Exception as error:  # one candidate's failure is that candidate's result
+                notes.setdefault("traceback", traceback.format_exc())
                 parts.append(
                     Evaluations.failed(1, len(self.objectives), f"{type(error).__name__}: {error}")
                 )
@@ -205,6 +212,7 @@ class FunctionEvaluator:
             values=np.concatenate([part.values for part in parts]),
             state=np.concatenate([part.state for part in parts if part.state is not None]),
             reason=[reason for part in parts for reason in part.reason or ()],
+            notes=notes,
         )
 
     def _shaped(self, answer: Any, n: int) -> Evaluations:
@@ -249,13 +257,24 @@ class EvaluatorFunction(Generic[P, R]):
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function)
 
+    def __reduce__(self) -> Any:
+        """By name where a module holds it, as functions are; by its parts elsewhere."""
+        found: Any = sys.modules.get(self.__module__)
+        name: str = vars(self)["__qualname__"]
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is self:
+            return name
+        parts = (self.objectives, self.fidelities, self.reproducibility, self.columns, self.version)
+        return type(self), (self.function, *parts)
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
 
     def build(self, space: Space) -> FunctionEvaluator:
         """The function as an evaluator of candidates of this space."""
         return FunctionEvaluator(
-            self.function,
+            self,
             space,
             objectives=self.objectives,
             fidelities=self.fidelities,

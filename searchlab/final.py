@@ -63,6 +63,7 @@ class Contender:
         search: value during the search, in the user's sign.
         selection: mean over the selection replicates; NaN until scored.
         report: one value per report replicate; empty until scored.
+        violation: sum of broken outcome constraints in the search; 0 = it meets them all.
     """
 
     population: Population
@@ -73,6 +74,7 @@ class Contender:
     search: float
     selection: float = float("nan")
     report: tuple[float, ...] = ()
+    violation: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -91,15 +93,23 @@ def contenders(
     ids: Sequence[int],
     groups: Sequence[int],
     values: NDArray[np.float64],
+    violation: NDArray[np.float64] | None = None,
 ) -> list[Contender]:
     """All successful candidates once; a baseline keeps its name where the search found it again."""
+    broken = np.zeros(len(keys)) if violation is None else violation
     best: dict[bytes, Contender] = {}
     for row, key in enumerate(keys):
         known = best.get(key)
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population.take([row]), key, origin[row], groups[row], ids[row], float(values[row])
+            population.take(slice(row, row + 1)),
+            key,
+            origin[row],
+            groups[row],
+            ids[row],
+            float(values[row]),
+            violation=float(broken[row]),
         )
     return list(best.values())
 
@@ -131,7 +141,7 @@ def plan_final(
     plans = []
     for group in groups:
         here = [c for c in everyone if (c.group <= group if upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: (sign * c.search, c.id))
+        ranked = sorted(here, key=lambda c: (c.violation, sign * c.search, c.id))
         finalists = [c for c in ranked if c.kind == "searched"][: final.k]
         chosen: list[Contender] = []
         for kind in sorted({c.kind for c in here} - {"searched"}):
@@ -189,9 +199,16 @@ def chosen(plan: FinalPlan, final: Final, sign: float) -> list[Contender]:
 
 
 def best_of(parts: Sequence[Contender], sign: float) -> Contender | None:
-    """The best by selection value; ties go to the better search value, then the lower id."""
+    """The best by selection value, candidates that meet their constraints first.
+
+    Ties go to the better search value, then the lower id.
+    """
     scored = [c for c in parts if np.isfinite(c.selection)]
-    return min(scored, key=lambda c: (sign * c.selection, sign * c.search, c.id), default=None)
+    return min(
+        scored,
+        key=lambda c: (c.violation, sign * c.selection, sign * c.search, c.id),
+        default=None,
+    )
 
 
 def paired(winner: Contender, baseline: Contender, alpha: float, sign: float) -> dict[str, Any]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab._stage_records import Known, is_baseline, of_answer
-from searchlab.algorithms.base import Algorithm, Told
+from searchlab._stage_limits import Limits
+from searchlab._stage_records import Group, Known, differences, of_answer, under_bounds, wrong_keys
+from searchlab.algorithms.base import Algorithm
+from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
 from searchlab.errors import EvaluationError, StudyError
 from searchlab.evaluator import losses
-from searchlab.executors.base import Chunk, Done, Executor
-from searchlab.population import INFEASIBLE, OK, Evaluations, Jobs
+from searchlab.executors.base import Chunk, Done, Executor, usage_of
+from searchlab.outcomes import constraints_of, violation
+from searchlab.population import INFEASIBLE, OK, PRUNED, Evaluations, Jobs
 
 if TYPE_CHECKING:
     from searchlab.records import Answer
@@ -26,44 +29,6 @@ __all__ = ["Callback", "Progress", "StageRun"]
 
 HOPELESS = 20  # a stage whose first jobs all failed is stopped after this many
 MAX_EMPTY_IDS = 256  # consecutive void ids (whole groups): the space is taken as exhausted
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback hears after every recorded batch; `best` is in the user's sign."""
-
-    stage: str
-    issued: int
-    finished: int
-    paid: int
-    hits: int
-    failed: int
-    budget: int | None
-    seconds: float
-    best: dict[int, float]
-    done: tuple[Done, ...] = ()
-
-
-class Callback(Protocol):
-    """Hears of progress; what it raises stops the run after everything finished was recorded."""
-
-    def __call__(self, progress: Progress) -> None: ...
-
-
-@dataclass
-class _Group:
-    """Jobs of one ask group with what is known of them."""
-
-    jobs: Jobs
-    first_id: int
-    end_id: int
-    losses: NDArray[np.float64]
-    violation: NDArray[np.float64]
-    done: NDArray[np.bool_]
-    told: int = 0  # rows told so far
-    entered: int = 0  # rows answered or submitted so far, in order
-    voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
-    answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
 
 
 @dataclass
@@ -86,6 +51,9 @@ class StageRun:
         replicate: the noise block of this stage's jobs.
         seeds: what the algorithm proposes first.
         recompute: ask for every group, also for known ones, and compare (verify).
+        free: ask whenever the executor has room. A group is then proposed by the state that was
+            told all ids below the first one that is still open, which its records keep as
+            `told_at_ask`: timing decides, and the records repeat it.
     """
 
     stage: Stage
@@ -103,15 +71,16 @@ class StageRun:
     callbacks: tuple[Callback, ...] = ()
     other_runs: bool = True
     recompute: bool = False
+    free: bool = False
     mismatches: list[str] = field(default_factory=list)
     stop_reason: str = ""
     interrupted: bool = False
 
     def __post_init__(self) -> None:
         self._q = self.algorithm.quantum
-        self._groups: deque[_Group] = deque()
-        self._partial: _Group | None = None  # the newest group while the budget holds it back
-        self._by_id: dict[int, tuple[_Group, int]] = {}
+        self._groups: deque[Group] = deque()
+        self._partial: Group | None = None  # the newest group while the budget holds it back
+        self._by_id: dict[int, tuple[Group, int]] = {}
         # Where repeats are jobs of their own: keys of open jobs with the ids that wait for them,
         # and what became of those that failed.
         self._repeats = self.algorithm.repeats == "allow"
@@ -125,11 +94,16 @@ class StageRun:
         self._fidelity = self.stage.fidelity_index
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
+        self._constraints = constraints_of(self.stage.evaluator)
         self._started = time.monotonic()
+        self._limits = Limits(self.stage)
+        self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.paid = self.hits = self.finished = self.failed = 0
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
+        self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
+        self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
 
     # -- running ----------------------------------------------------------------------------
 
@@ -141,6 +115,7 @@ class StageRun:
         """
         known = self._load()
         self._started = time.monotonic()
+        self._limits.begin()
         try:
             while True:
                 self._fill(known)
@@ -163,10 +138,13 @@ class StageRun:
         known = Known(records.take(np.flatnonzero(records.stage == self.index)), self.stage)
         self.algorithm.issue(known.jobs.ids, known.jobs.keys)
         if self._repeats:
-            for at in np.flatnonzero((known.state != OK) & ~known.cached).tolist():
+            for at in np.flatnonzero(~np.isin(known.state, (OK, PRUNED)) & ~known.cached).tolist():
                 self._broken[known.jobs.keys[at]] = int(known.state[at]), known.reason[at]
+        if self.free:
+            asked = self.store.get_meta(self._asked_name) or {}
+            self._planned = {int(start): told for start, told in asked.items()}
         if self.recompute:
-            self._compare_keys(known)
+            self.mismatches += wrong_keys(known, self.stage.space)
         return known
 
     def _fill(self, known: Known) -> None:
@@ -177,7 +155,7 @@ class StageRun:
                     return
                 continue
             start, q = self._next_id, self._q
-            need = start + q - self.lag
+            need = self._told_for(start, known)
             if not self._answered_below(need):
                 return
             if not self.recompute and start < (end := known.complete_until(q, start)):
@@ -188,6 +166,8 @@ class StageRun:
             if not self._may_ask(q):
                 return
             self._tell_below(need)
+            if self.free and not self.recompute:
+                self._planned[start] = need - self.first_id
             jobs = replace(
                 self.algorithm.ask(start, q),
                 fidelity=self._fidelity,
@@ -196,7 +176,11 @@ class StageRun:
                 told_at_ask=max(0, need - self.first_id),
             )
             if self.recompute:
-                if self._compare(jobs, known, start, q):
+                differing = differences(jobs, known, start, q)
+                if differing is None:
+                    self.stop_reason = "end of records"
+                else:
+                    self.mismatches += differing
                     self._take_known(known, start + q)
                 continue
             if not len(jobs) and self._exhausted(start, q):
@@ -213,9 +197,8 @@ class StageRun:
 
     def _may_ask(self, q: int) -> bool:
         """Whether the budget has room for any job of the next group."""
-        seconds = self.stage.budget.seconds
-        if seconds is not None and time.monotonic() - self._started > seconds:
-            self.stop_reason = "time is up"
+        self.stop_reason = self._limits.reached(self.best.values())
+        if self.stop_reason:
             return False
         if self._left() > 0 or self._baselines_in(self._next_id, q):
             return True
@@ -245,7 +228,7 @@ class StageRun:
     def _open_group(self, jobs: Jobs, first_id: int, known: Known) -> None:
         n, end_id = len(jobs), first_id + self._q
         void = np.setdiff1d(np.arange(first_id, end_id), jobs.ids).tolist()
-        group = _Group(
+        group = Group(
             jobs,
             first_id,
             end_id,
@@ -273,7 +256,10 @@ class StageRun:
             for i, key in rows
             if not (i in known.row_of or key in self._own_keys or self._is_repeat(key, i))
         ]
-        return self._lookup(keys, other_runs=self.other_runs, stage=None) if keys else {}
+        if not keys:
+            return {}
+        found = self._lookup(keys, other_runs=self.other_runs, stage=None)
+        return under_bounds(found, jobs, self._sign) if self._prunes else found
 
     def _lookup(
         self, keys: list[bytes], *, other_runs: bool, stage: int | None
@@ -285,15 +271,16 @@ class StageRun:
             replicate=self.replicate,
             other_runs=other_runs,
             stage=stage,
+            pruned=self._prunes,
         )
 
-    def _enter(self, group: _Group, known: Known) -> bool:
+    def _enter(self, group: Group, known: Known) -> bool:
         """Answers or submits the rows of the newest group, in order, as far as the budget goes.
 
         Returns:
             Whether that was the whole group.
         """
-        jobs, fresh = group.jobs, []
+        jobs, fresh = group.jobs, self._enter_unknown(group, known)
         while group.entered < len(jobs):
             row = group.entered
             i, key = int(jobs.ids[row]), jobs.keys[row]
@@ -303,7 +290,7 @@ class StageRun:
                 free = key in group.answers and not repeat
                 if free and not self.stage.budget.includes_hits:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
-                elif self._left() <= 0 and not is_baseline(jobs, row):
+                elif self._left() <= 0 and not group.baseline[row]:
                     break
                 elif free:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
@@ -311,14 +298,14 @@ class StageRun:
                     self._waiting[key].append(i)  # one submission answers several ids
                     self._by_id[i] = group, row
                     self._open += 1
-                    self.repeated += not is_baseline(jobs, row)
+                    self.repeated += not group.baseline[row]
                 elif repeat and (answer := self._own_answer(key)) is not None:
                     self._record(group, [row], answer, cached=True)
                 else:
                     fresh.append(row)
                     self._by_id[i] = group, row
                     self._open += 1
-                    self._open_paid += not is_baseline(jobs, row)
+                    self._open_paid += not group.baseline[row]
                     if self._repeats:
                         self._waiting[key] = []
             group.entered += 1
@@ -332,14 +319,32 @@ class StageRun:
         self._partial = None if whole else group
         return whole
 
-    def _record_voids(self, group: _Group, before: int) -> None:
+    def _enter_unknown(self, group: Group, known: Known) -> list[int]:
+        """The rows of a group of which nothing is known, as far as the budget goes, all at once."""
+        if self._repeats or group.answers or group.baseline.any() or known.last >= group.first_id:
+            return []
+        start, left = group.entered, self._left()
+        stop = int(min(len(group.jobs), start + max(0, left)))
+        fresh = list(range(start, stop))
+        self._by_id.update(
+            (i, (group, row))
+            for i, row in zip(group.jobs.ids[start:stop].tolist(), fresh, strict=True)
+        )
+        if stop > start:
+            self._record_voids(group, int(group.jobs.ids[stop - 1]))
+        self._open += len(fresh)
+        self._open_paid += len(fresh)
+        group.entered = stop
+        return fresh
+
+    def _record_voids(self, group: Group, before: int) -> None:
         ids = []
         while group.voids and group.voids[0] < before:
             ids.append(group.voids.popleft())
         if ids:
             self.store.record_void(ids, self.index, group.jobs.told_at_ask)
 
-    def _answer_from_records(self, group: _Group, row: int, known: Known) -> bool:
+    def _answer_from_records(self, group: Group, row: int, known: Known) -> bool:
         i, key = int(group.jobs.ids[row]), group.jobs.keys[row]
         at = known.row_of.get(i)
         if at is None:
@@ -352,7 +357,8 @@ class StageRun:
         group.losses[row] = known.losses[at]
         group.violation[row] = known.violation[at]
         group.done[row] = True
-        self._count(group, [row], known.cached[[at]], known.state[[at]])
+        one = [at]
+        self._count(group, [row], known.cached[one], known.state[one], known.cost_s[one])
         return True
 
     def _own_answer(self, key: bytes) -> Evaluations | None:
@@ -365,7 +371,7 @@ class StageRun:
         found = self._lookup([key], other_runs=False, stage=self.index)
         return of_answer(found[key]) if key in found else None
 
-    def _submit(self, group: _Group, fresh: list[int]) -> None:
+    def _submit(self, group: Group, fresh: list[int]) -> None:
         assert self.executor is not None
         for start in range(0, len(group.jobs), self.chunk):
             block = [row for row in fresh if start <= row < start + self.chunk]
@@ -376,7 +382,7 @@ class StageRun:
             rows = 0 if self._exact else self.chunk
             self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows))
 
-    def _whole_block(self, group: _Group, start: int) -> list[int]:
+    def _whole_block(self, group: Group, start: int) -> list[int]:
         """All rows of a chunk whose values depend on their neighbours.
 
         Rows that are recorded already, or that the budget leaves out, stand in it as neighbours
@@ -392,13 +398,20 @@ class StageRun:
 
     def _drain(self) -> None:
         assert self.executor is not None
-        finished = self.executor.wait()
+        self.take(self.executor.wait())
+
+    def take(self, finished: list[Done]) -> None:
+        """Records finished chunks and tells the callbacks.
+
+        Raises:
+            EvaluationError: the first jobs failed one and all.
+        """
         for done in finished:
             self._finish(done)
+        if self.free:
+            self._note_planned()
         self.store.commit()
         if self.callbacks:
-            first = self.stage.evaluator.objectives[0]
-            sign = 1.0 if first.direction == "min" else -1.0
             progress = Progress(
                 self.stage.name,
                 self._next_id - self.first_id,
@@ -408,8 +421,9 @@ class StageRun:
                 self.failed,
                 self.stage.budget.evaluations,
                 time.monotonic() - self._started,
-                {group: sign * loss for group, loss in self.best.items()},
+                {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
+                None if self.executor is None else usage_of(self.executor),
             )
             for callback in self.callbacks:
                 callback(progress)
@@ -433,33 +447,35 @@ class StageRun:
             rows.append(row)
             keep.append(position)
             self._open -= 1
-            self._open_paid -= not is_baseline(group.jobs, row)
+            self._open_paid -= not group.baseline[row]
         if not rows:
             return
-        self._record(group, rows, done.evaluations.take(keep), done=done)
+        whole = keep == list(range(len(done.evaluations)))
+        evaluations = done.evaluations if whole else done.evaluations.take(keep)
+        self._record(group, rows, evaluations, done=done)
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])
             assert answer.state is not None
             assert answer.reason is not None
-            if answer.state[0] != OK:
+            if answer.state[0] not in (OK, PRUNED):
                 self._broken[key] = int(answer.state[0]), answer.reason[0]
             for j in self._waiting.pop(key, []):
                 other, row = self._by_id.pop(j)
                 self._open -= 1
-                self.repeated -= not is_baseline(other.jobs, row)  # counted again as recorded
+                self.repeated -= not other.baseline[row]  # counted again as recorded
                 self._record(other, [row], answer, cached=True)
 
     def _record(
         self,
-        group: _Group,
+        group: Group,
         rows: list[int],
         evaluations: Evaluations,
         *,
         cached: bool = False,
         done: Done | None = None,
     ) -> None:
-        jobs = group.jobs.take(rows)
+        jobs = group.jobs if rows == list(range(len(group.jobs))) else group.jobs.take(rows)
         now = time.time()
         flags = np.full(len(rows), cached)
         self.store.record(
@@ -474,42 +490,72 @@ class StageRun:
             cached=flags,
         )
         group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
+        group.violation[rows] = violation(evaluations.constraints, self._constraints)
         group.done[rows] = True
         assert evaluations.state is not None
-        self._count(group, rows, flags, evaluations.state)
+        assert evaluations.cost_s is not None
+        self._count(group, rows, flags, evaluations.state, evaluations.cost_s)
 
     def _count(
         self,
-        group: _Group,
+        group: Group,
         rows: list[int],
         cached: NDArray[np.bool_],
         state: NDArray[np.int8],
+        cost_s: NDArray[np.float64],
     ) -> None:
         """Adds rows that are answered, in id order where repeats are jobs."""
         jobs = group.jobs
         self.finished += len(rows)
-        self.failed += int((state != OK).sum())
+        self.failed += int(((state != OK) & (state != PRUNED)).sum())
         self.hits += int(cached.sum())
-        for at, row in enumerate(rows):
-            if is_baseline(jobs, row):
-                continue
-            if not cached[at]:
-                self.paid += bool(state[at] != INFEASIBLE)
-            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+        self._limits.spend(cost_s[~cached])
+        own = ~group.baseline[rows]
+        self.paid += int((own & ~cached & (state != INFEASIBLE)).sum())
+        for at in np.flatnonzero(own & cached).tolist():
+            if self._is_repeat(jobs.keys[rows[at]], int(jobs.ids[rows[at]])):
                 self.repeated += 1
             else:
                 self._free_hits += 1
-        good = [row for row, what in zip(rows, state.tolist(), strict=True) if what == OK]
-        if not good:
+        good = np.asarray(rows, dtype=np.int64)[(state == OK) & (group.violation[rows] == 0)]
+        if not len(good):
             return
-        places = [0] * len(good)
-        if self.group_by is not None:
-            costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
-            places = np.rint(costs).astype(np.int64).tolist()
-        for place, loss in zip(places, group.losses[good, 0].tolist(), strict=True):
+        found = group.losses[good, 0]
+        if self.group_by is None:
+            self.best[0] = min(float(found.min()), self.best.get(0, np.inf))
+            return
+        costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
+        places = np.rint(costs).astype(np.int64).tolist()
+        for place, loss in zip(places, found.tolist(), strict=True):
             self.best[place] = min(loss, self.best.get(place, np.inf))
 
     # -- the lag rule -----------------------------------------------------------------------
+
+    def _told_for(self, start: int, known: Known) -> int:
+        """The id below which the state is told that proposes the group from `start` on."""
+        if not self.free:
+            return start + self._q - self.lag
+        told = known.told_at_ask(start, start + self._q)
+        told = self._planned.get(start) if told is None else told
+        if told is not None:
+            return self.first_id + told
+        done = self._next_id
+        for group in self._groups:
+            if not group.done.all():
+                done = int(group.jobs.ids[np.argmin(group.done)])
+                break
+        bound = self.algorithm.max_lag
+        return done if bound is None else max(done, start + self._q - max(bound, self._q))
+
+    @property
+    def _asked_name(self) -> str:
+        return f"asked:{self.index}"
+
+    def _note_planned(self) -> None:
+        """Keeps what open groups were told, so that a killed run asks for them in the same way."""
+        end = next((g.first_id for g in self._groups if not g.done.all()), self._next_id)
+        self._planned = {start: told for start, told in self._planned.items() if start >= end}
+        self.store.set_meta(self._asked_name, self._planned)
 
     def _answered_below(self, bound: int) -> bool:
         for group in self._groups:
@@ -525,16 +571,7 @@ class StageRun:
             group = self._groups[0]
             stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
-                rows = slice(group.told, stop)
-                self.algorithm.tell(
-                    Told(
-                        group.jobs.ids[rows],
-                        group.jobs.population.take(rows),
-                        group.losses[rows],
-                        group.violation[rows],
-                    )
-                )
-                group.told = stop
+                self.algorithm.tell(group.answers_until(stop))
             if group.end_id > bound:
                 return
             self._groups.popleft()
@@ -543,7 +580,7 @@ class StageRun:
         """Enters whole groups that records answer, without asking for them again."""
         start = self._next_id
         rows = np.flatnonzero((known.jobs.ids >= start) & (known.jobs.ids < end))
-        group = _Group(
+        group = Group(
             known.jobs.take(rows),
             start,
             end,
@@ -558,30 +595,5 @@ class StageRun:
             self._empty_ids = (end - start - 1 - (last - start)) // self._q * self._q
         else:
             self._empty_ids += end - start
-        self._count(group, list(range(len(rows))), known.cached[rows], known.state[rows])
-
-    # -- verify -----------------------------------------------------------------------------
-
-    def _compare_keys(self, known: Known) -> None:
-        keys = self.stage.space.keys(known.jobs.population)
-        for i, key, stored in zip(known.jobs.ids.tolist(), keys, known.jobs.keys, strict=True):
-            if key != stored:
-                self.mismatches.append(
-                    f"id {i}: recorded {stored.hex()}, but the recorded candidate is {key.hex()}"
-                )
-
-    def _compare(self, jobs: Jobs, known: Known, first_id: int, n: int) -> bool:
-        """Holds a recomputed group against the records; False where the records end."""
-        asked = dict(zip(jobs.ids.tolist(), jobs.keys, strict=True))
-        for i in range(first_id, first_id + n):
-            at = known.row_of.get(i)
-            if at is None and i not in known.void_set:
-                self.stop_reason = "end of records"
-                return False
-            stored = None if at is None else known.jobs.keys[at]
-            if asked.get(i) != stored:
-                self.mismatches.append(
-                    f"id {i}: recorded {stored.hex() if stored else 'void'}, "
-                    f"proposed {asked[i].hex() if i in asked else 'void'}"
-                )
-        return True
+        every = list(range(len(rows)))
+        self._count(group, every, known.cached[rows], known.state[rows], known.cost_s[rows])

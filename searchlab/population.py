@@ -37,6 +37,20 @@ class Population:
         self._columns: dict[str, NDArray[Any]] = views
         self._length = lengths.pop() if lengths else 0
 
+    @classmethod
+    def _of(cls, columns: dict[str, NDArray[Any]], length: int) -> Population:
+        """A population of arrays of one length that nobody else can write to."""
+        out = cls.__new__(cls)
+        for column in columns.values():
+            column.flags.writeable = False
+        out._columns = columns
+        out._length = length
+        return out
+
+    def __reduce__(self) -> tuple[type[Population], tuple[dict[str, NDArray[Any]]]]:
+        """Columns come out of another process as read-only as they went in."""
+        return Population, (self._columns,)
+
     @property
     def columns(self) -> Mapping[str, NDArray[Any]]:
         return self._columns
@@ -49,7 +63,9 @@ class Population:
 
     def take(self, rows: Any) -> Population:
         """The rows that an index array, a boolean mask or a slice selects."""
-        return Population({name: column[rows] for name, column in self._columns.items()})
+        taken = {name: column[rows] for name, column in self._columns.items()}
+        length = len(next(iter(taken.values()))) if taken else 0
+        return Population._of(taken, length)
 
     def replace(self, **columns: NDArray[Any]) -> Population:
         """The same population with some columns exchanged."""
@@ -60,8 +76,10 @@ class Population:
         """All rows of the parts, in order; the parts have the same columns."""
         if not parts:
             return Population({})
-        names = parts[0].columns
-        return Population({name: np.concatenate([p[name] for p in parts]) for name in names})
+        if len(parts) == 1:
+            return parts[0]
+        joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0].columns}
+        return Population._of(joined, sum(map(len, parts)))
 
     def equals(self, other: Population) -> bool:
         """Whether names, shapes and all values are the same, bit for bit."""

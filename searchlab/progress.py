@@ -53,6 +53,12 @@ class ProgressLine:
             parts.append(f"{progress.hits} from cache")
         if progress.failed:
             parts.append(f"{progress.failed} failed")
+        usage = progress.usage
+        if usage is not None and usage.workers > 1:
+            parts.append(f"{usage.workers} workers {100 * usage.utilisation:.0f} % busy")
+            lost = usage.deaths + usage.timeouts
+            if lost:
+                parts.append(f"{lost} lost")
         best = sorted(progress.best.items())
         if len(best) == 1 and best[0][0] == 0:
             parts.append(f"best {best[0][1]:.4g}")

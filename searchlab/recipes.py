@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_config_file"]
 
 RECIPES: dict[str, str] = {
+    "ask": "searchlab.experiments.command:ASK",
+    "command": "searchlab.experiments.command:RECIPE",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
 }
 ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
 
 # Options that may differ between the runs of one name: they do not change the trace's prefix.
-GROWABLE = ("budget",)
+GROWABLE = ("budget", "gpu_price", "target")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Recipe:
             need an evaluation.
         sections: further report sections.
         export: (result, directory, form) -> files; form is a value of `--to`, "" for the default.
-        estimate: options -> a rough number of evaluations, for progress and dry runs.
+        opens_only: a run is only opened; values come by `searchlab tell`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Recipe:
     build: Callable[[Any], SearchConfig]
     sections: Callable[[SearchConfig, Result], Sequence[Section]] | None = None
     export: Callable[[SearchConfig, Result, Path, str], list[Path]] | None = None
+    opens_only: bool = False
 
 
 def load_recipe(name: str) -> Recipe:
@@ -60,17 +62,16 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: unknown name; lists the known ones.
     """
-    name = ALIASES.get(name, name)
-    target = RECIPES.get(name)
-    if target is None:
-        for entry in importlib.metadata.entry_points(group="searchlab.recipes"):
-            if entry.name == name:
-                loaded: Recipe = entry.load()
-                return loaded
-        raise unknown_name("recipe", name, [*RECIPES, *ALIASES])
-    module, attribute = target.split(":")
-    recipe: Recipe = getattr(importlib.import_module(module), attribute)
-    return recipe
+    from searchlab.config import resolve
+
+    found = resolve({**RECIPES, **_aliased()}, name, "recipe")
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"recipe {name!r} is {found!r}; allowed: a Recipe")
+    return found
+
+
+def _aliased() -> dict[str, str]:
+    return {alias: RECIPES[name] for alias, name in ALIASES.items()}
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"config file {str(path)!r} is not YAML: {line}") from None
     if data is None:
@@ -113,19 +114,29 @@ def options_from(recipe: Recipe, values: Mapping[str, Any]) -> Any:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """One option value in its declared type (bool, int, float, str, or one of these or None)."""
+    """One option value in its declared type.
+
+    That is bool, int, float, str, or one of these or None, or a tuple of texts.
+    """
+    if hint == tuple[str, ...]:
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert(name, part, str) for part in parts)
     kinds = [hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = list(typing.get_args(hint))
         if value is None and type(None) in kinds:
             return None
         kinds = [kind for kind in kinds if kind is not type(None)]
-    if typing.get_origin(kinds[0]) is typing.Literal:
-        allowed = typing.get_args(kinds[0])
+    if len(kinds) > 1:  # the first that reads the value
+        for kind in kinds[:-1]:
+            with suppress(ConfigError):
+                return convert(name, value, kind)
+    kind = kinds[-1]
+    if typing.get_origin(kind) is typing.Literal:
+        allowed = typing.get_args(kind)
         if value not in allowed:
             raise ConfigError(f"{name} {value!r}; allowed: {', '.join(map(str, allowed))}")
         return value
-    kind = kinds[0]
     try:
         if kind is bool:
             if isinstance(value, bool):
@@ -145,6 +156,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return str(value)
     except (TypeError, ValueError, KeyError, OverflowError):
         raise ConfigError(f"{name} {value!r}; allowed: {kind.__name__}") from None
+
+
+def repeatable(recipe: Recipe) -> set[str]:
+    """Names of the options that may be given several times."""
+    hints = typing.get_type_hints(recipe.options)
+    return {name for name, hint in hints.items() if hint == tuple[str, ...]}
 
 
 def flags_of(recipe: Recipe) -> list[tuple[str, str, Any, bool]]:

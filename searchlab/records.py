@@ -75,6 +75,19 @@ ANSWER_COLUMNS = (
     "state",
     "reason",
 )
+_BLOBS = ("key", "genotype", "values_blob", "std_error", "constraints", "signals")
+_TEXTS = ("reason", "origin", "worker")
+_REALS = ("value", "cost_s", "predicted_mean", "predicted_sd", "started", "finished")
+_NULL = (*_BLOBS[2:], "key", *_REALS[:4])
+_TYPES: dict[str, set[type]] = {
+    name: (
+        ({bytes} if name in _BLOBS else {str} if name in _TEXTS else set())
+        | ({int, float} if name in _REALS else set())
+        | ({int, bool} if name not in (*_BLOBS, *_TEXTS, *_REALS) else set())
+        | ({type(None)} if name in _NULL else set())
+    )
+    for name in ROW_COLUMNS
+}
 TRACE_COLUMNS = (
     "ids",
     "stage",
@@ -175,6 +188,8 @@ class Records:
     def take(self, rows: Any) -> Records:
         """The rows that an index array, a boolean mask or a slice selects; widths are kept."""
         index = np.arange(len(self))[rows]
+        if len(index) == len(self) and (np.diff(index) == 1).all():
+            return self  # every row in its place
         picked: dict[str, Any] = {}
         for column in fields(self):
             part = getattr(self, column.name)
@@ -335,14 +350,36 @@ def item_rows(jobs: Jobs, evaluations: Evaluations) -> list[tuple[int, str, byte
 def records_from_rows(
     rows: Sequence[Row], items: Mapping[int, tuple[str, bytes]] | None = None
 ) -> Records:
-    """Columns from rows that are ordered by id; `items` maps ids to (dtype, bytes)."""
+    """Columns from rows that are ordered by id; `items` maps ids to (dtype, bytes).
+
+    Raises:
+        StudyError: values of another type than what is written: a file was changed by others.
+    """
     columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) or [()] * len(ROW_COLUMNS)
     part = dict(zip(ROW_COLUMNS, columns, strict=True))
+    for name, column in part.items():
+        if not set(map(type, column)) <= _TYPES[name]:
+            wrong = next(value for value in column if type(value) not in _TYPES[name])
+            raise StudyError(f"damaged records: {name} {str(wrong)[:40]!r} has the wrong type")
+    try:
+        return _records(part, items or {})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StudyError(f"damaged records: {' '.join(str(error).split())[:200]}") from None
+
+
+def _records(part: Mapping[str, Sequence[Any]], stored: Mapping[int, tuple[str, bytes]]) -> Records:
     values, m = _matrix(part["values_blob"])
     std_error, e = _matrix(part["std_error"], values.shape[1])
     constraints, c = _matrix(part["constraints"])
     signals, s = _matrix(part["signals"])
-    stored = items or {}
+    states = part["state"]
+    if len(states) and not 0 <= min(states) <= max(states) < len(RECORD_STATES):
+        raise ValueError(f"states {min(states)} to {max(states)}")
+    for name in ("id", "stage"):
+        if len(part[name]) and min(part[name]) < 0:
+            raise ValueError(f"{name} {min(part[name])}")
+    if any(dtype not in ("<f2", "<f4") for dtype, _ in stored.values()):
+        raise ValueError("item scores of an unknown type")
     return Records(
         ids=np.array(part["id"], np.int64),
         stage=np.array(part["stage"], np.int32),

@@ -101,14 +101,14 @@ class Result:
         if not everyone:
             raise StudyError(f"run {self.name!r} has no successful evaluation yet")
         ranked = [Best(self.space, c) for c in everyone]
-        return min(ranked, key=lambda b: self.sign * b.value)
+        return min(ranked, key=lambda b: (b.contender.violation, self.sign * b.value))
 
     @property
     def front(self) -> list[tuple[int, float]]:
         """(group, value of the winner) where no lower group is as good."""
         out: list[tuple[int, float]] = []
         for group in self.groups:
-            if group.winner is None:
+            if group.winner is None or group.winner.violation:
                 continue
             value = Best(self.space, group.winner).value
             if not out or self.sign * value < self.sign * out[-1][1]:
@@ -136,6 +136,7 @@ class Result:
                     "report_half": report.to_json()[1] if report else None,
                     "report_values": list(contender.report),
                     "ratio_to_baseline": None,
+                    "violation": _clean(contender.violation),
                 }
                 if base is not None and base.report and contender.report:
                     row["ratio_to_baseline"] = _clean(
@@ -150,6 +151,7 @@ class Result:
             "run": self.name,
             "objective": {"name": self.objective.name, "direction": self.objective.direction},
             "group_by": self.group_by,
+            "alpha": self.alpha,
             "rows": self.rows(),
             "front": [list(point) for point in self.front],
             "plans": {
@@ -179,6 +181,11 @@ class Result:
     def _verdict_of(self, group: GroupResult) -> str:
         where = f"{self.group_by} {group.group}: " if self.group_by else ""
         winner, base = group.winner, group.best_baseline()
+        if winner is not None and winner.violation:
+            return (
+                f"{where}no candidate meets the constraints; the nearest has "
+                f"{winner.search:.4g} and breaks them by {winner.violation:.3g}"
+            )
         if winner is None:
             return f"{where}nothing beyond the baselines was found" if base else ""
         if base is None:
@@ -209,7 +216,11 @@ class Result:
         """The table of winners and baselines as text."""
         header = [self.group_by or "group", "what", "search", "selection", "report", "ratio"]
         lines = [header]
-        for row in self.rows():
+        rows = self.rows()
+        broken = any(row["violation"] != 0 for row in rows)
+        if broken:
+            header.append("violation")
+        for row in rows:
             half = row["report_half"]
             report = "-" if row["report"] is None else f"{row['report']:.4g}"
             lines.append(
@@ -220,6 +231,7 @@ class Result:
                     _text(row["selection"]),
                     report + (f" ± {half:.2g}" if half is not None else ""),
                     "" if row["ratio_to_baseline"] is None else f"{row['ratio_to_baseline']:.2f}",
+                    *([_text(row["violation"])] if broken else ()),
                 ]
             )
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchlab._study_lease import keep_alive
 from searchlab.errors import ConfigError, DataError, StudyError
 from searchlab.recipes import Recipe, load_recipe, options_from
 
 if TYPE_CHECKING:
+    from searchlab._study_schema import Durability
     from searchlab.config import SearchConfig
     from searchlab.executors import Executor
     from searchlab.loop import Callback
@@ -113,6 +115,7 @@ class Opened:
     recipe: Recipe
     options: Any
     config: SearchConfig
+    pace: Mapping[str, Any] | None = None
 
 
 def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None) -> Opened:
@@ -131,6 +134,7 @@ def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None
     try:
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
+        pace = store.get_meta("pace")
         store.close("")
     finally:
         base.close()
@@ -141,7 +145,7 @@ def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None
         )
     recipe = load_recipe(recipe_name)
     values = options_from(recipe, {**(options or {}), **(changes or {})})
-    return Opened(address, recipe, values, recipe.build(values))
+    return Opened(address, recipe, values, recipe.build(values), pace)
 
 
 def run_recipe(
@@ -153,7 +157,9 @@ def run_recipe(
     database: str,
     callbacks: Sequence[Callback] = (),
     config: SearchConfig | None = None,
+    executor: Executor | None = None,
     opened: Callable[[], None] = lambda: None,
+    durability: Durability = "process",
 ) -> Result:
     """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
 
@@ -162,7 +168,9 @@ def run_recipe(
         name, out, database: where it is kept.
         callbacks: see `searchlab.search.run`.
         config: of the recipe and the options, where it was built before.
+        executor: where candidates are evaluated; this process by default.
         opened: called when the run is open: errors before it are about the input.
+        durability: what a commit waits for; see `Database`.
 
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
@@ -170,11 +178,15 @@ def run_recipe(
     from searchlab.search import run
 
     config = config if config is not None else recipe.build(options)
-    with _open_run(config, name, out, database) as store:
+    with _open_run(config, name, out, database, durability) as store:
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
+        for stage in config.stages:
+            place = getattr(stage.evaluator, "place", None)
+            if place is not None:
+                place(out)
         opened()
-        result = run(config, store=store, callbacks=callbacks)
+        result = run(config, store=store, executor=executor, callbacks=callbacks)
     result.out = out
     return result
 
@@ -208,12 +220,18 @@ def run_in_database(
 
 
 @contextmanager
-def _open_run(config: SearchConfig, name: str, out: Path, database: str) -> Iterator[Store]:
+def _open_run(
+    config: SearchConfig,
+    name: str,
+    out: Path,
+    database: str,
+    durability: Durability = "process",
+) -> Iterator[Store]:
     """An open run with its folder; what cannot be made is said before the run exists."""
     from searchlab.study import Database
 
     check_folder(out)
-    base = Database(database)
+    base = Database(database, durability=durability)
     try:
         store = base.open_run(
             name,
@@ -224,7 +242,8 @@ def _open_run(config: SearchConfig, name: str, out: Path, database: str) -> Iter
         )
         try:
             _write_address(out, name, database)
-            yield store
+            with keep_alive(store):
+                yield store
         finally:
             store.close("failed")  # does nothing where the run has ended in its own way
     finally:

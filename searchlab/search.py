@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._repeat import measure_repeat
+from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
+from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
@@ -26,7 +29,13 @@ from searchlab.evaluator import (
     Objective,
     environment,
 )
-from searchlab.executors import Executor, LocalExecutor
+from searchlab.executors import (
+    Executor,
+    ExecutorOptions,
+    LocalExecutor,
+    ProcessExecutor,
+    usage_of,
+)
 from searchlab.final import (
     FINAL_ID,
     FINAL_STAGE,
@@ -39,6 +48,7 @@ from searchlab.final import (
     score_final,
 )
 from searchlab.loop import Callback, StageRun
+from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
@@ -57,9 +67,10 @@ class _Pace:
 
     lag: int
     chunk: int
+    free: bool = False
 
 
-def _pace(
+def pace_of(
     index: int,
     first_id: int,
     config: SearchConfig,
@@ -77,7 +88,8 @@ def _pace(
     before = config.stages[index - 1].budget.evaluations if index else None
     if str(index) not in every:
         chunk = stage.chunk or config.chunk or algorithm.quantum
-        lag = config.lag
+        free = config.lag == "free"
+        lag = None if config.lag == "free" else config.lag
         if lag is None:
             # One worker in this process is never idle, so that waiting costs nothing there.
             lag = algorithm.quantum if workers == 1 else LAG_PER_WORKER * workers * chunk
@@ -86,6 +98,7 @@ def _pace(
             lag = min(lag, max(algorithm.max_lag, algorithm.quantum))
         mine = {
             "lag": lag,
+            "free": free,
             "chunk": chunk,
             "quantum": algorithm.quantum,
             "first_id": first_id,
@@ -99,7 +112,7 @@ def _pace(
             f"run {store.name!r} was opened with quantum {stored['quantum']}, not "
             f"{algorithm.quantum}; allowed: the same"
         )
-    return _Pace(stored["lag"], stored["chunk"])
+    return _Pace(stored["lag"], stored["chunk"], bool(stored.get("free")))
 
 
 def _check_budgets(config: SearchConfig, store: Store) -> None:
@@ -115,7 +128,7 @@ def _check_budgets(config: SearchConfig, store: Store) -> None:
             )
 
 
-def _build(
+def build_algorithm(
     stage: Stage, index: int, first_id: int, config: SearchConfig, store: Store
 ) -> Algorithm:
     seeds = stage.seeds or Seeds(stage.space.empty(), ())
@@ -167,15 +180,16 @@ def run(
         _check_budgets(config, store)
         for index, stage in enumerate(config.stages):
             if stage.adopt is None:  # the others need answers first
-                _build(stage, index, 0, config, store)
+                build_algorithm(stage, index, 0, config, store)
         executor.start(evaluators)
+        store.set_meta(LAYOUT, layout_of(config))
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
             store.register_evaluator(stage_digest(stage), identity, environment())
         first_id = 0
         for index, stage in enumerate(config.stages):
-            algorithm = _build(stage, index, first_id, config, store)
-            pace = _pace(index, first_id, config, algorithm, executor.workers, store)
+            algorithm = build_algorithm(stage, index, first_id, config, store)
+            pace = pace_of(index, first_id, config, algorithm, executor.workers, store)
             leg = StageRun(
                 stage,
                 index,
@@ -190,10 +204,16 @@ def run(
                 group_by=config.group_by,
                 callbacks=tuple(callbacks),
                 other_runs=share,
+                free=pace.free,
             )
             if index == 0:
-                _measure_repeat(stage, algorithm, pace, store)
-                algorithm = leg.algorithm = _build(stage, index, first_id, config, store)
+                try:
+                    at = leg.evaluator_index
+                    measure_repeat(stage, algorithm, pace.chunk, store, executor, at)
+                except KeyboardInterrupt:
+                    status = "interrupted"
+                    break
+                algorithm = leg.algorithm = build_algorithm(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
             if leg.interrupted:
@@ -207,10 +227,18 @@ def run(
                 _run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        usage = usage_of(executor)
+        if usage is not None and usage.busy_s > 0:
+            store.set_meta("usage", usage.to_json())
         seconds = (store.get_meta("seconds") or 0.0) + time.monotonic() - started
         store.set_meta("seconds", seconds)
         store.set_meta("stop_reason", stop_reason)
-        result.meta.update(status=status, stop_reason=stop_reason, seconds=seconds)
+        result.meta.update(
+            status=status,
+            stop_reason=stop_reason,
+            seconds=seconds,
+            usage=store.get_meta("usage"),
+        )
         store.set_meta("result", result.to_json())
         store.commit()
         return result
@@ -228,47 +256,6 @@ def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
         if not any(stage.evaluator is known for known in out):
             out.append(stage.evaluator)
     return tuple(out)
-
-
-def _measure_repeat(stage: Stage, algorithm: Algorithm, pace: _Pace, store: Store) -> None:
-    """Evaluates the first candidate alone and inside a full chunk; stores the difference.
-
-    Done at the cheapest fidelity, with whatever the evaluator keeps between calls forgotten, and
-    charged to nobody. A claim of exactness that does not hold here becomes an error.
-    """
-    if store.get_meta("repeat") is not None:
-        return
-    size = max(2, pace.chunk)
-    fresh = algorithm.ask(algorithm.first_id, size)
-    if not len(fresh):
-        return
-    forget: Callable[[], None] = getattr(stage.evaluator, "forget", lambda: None)
-    rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
-    jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
-    try:
-        forget()
-        together = stage.evaluator.evaluate(jobs).values[0]
-        forget()
-        alone = stage.evaluator.evaluate(jobs.take([0])).values[0]
-        forget()
-        again = stage.evaluator.evaluate(jobs.take([0])).values[0]
-    except Exception:  # the search itself will record this failure with its reason
-        return
-    alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
-    in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))
-    store.set_meta("repeat", {"alone_twice": alone_again, "alone_or_in_chunk": in_batch})
-    if stage.evaluator.reproducibility == "exact" and max(alone_again, in_batch) > 0:
-        import warnings
-
-        from searchlab.errors import SearchlabWarning
-
-        warnings.warn(
-            f"the evaluator says 'exact', but its first candidate differs by {alone_again:.3g} "
-            f"between two calls and by {in_batch:.3g} between alone and in a chunk; "
-            "its trace is then only repeatable on the same machine and chunk size",
-            SearchlabWarning,
-            stacklevel=3,
-        )
 
 
 # -- results ------------------------------------------------------------------------------------
@@ -296,14 +283,16 @@ def collect(config: SearchConfig, store: Store) -> Result:
         groups = _groups_of(last.space, population, config.group_by).tolist()
         keys = [key or b"" for key in part.keys]
         ids, values = part.ids.tolist(), part.values[:, 0]
-        everyone = contenders(population, keys, part.origin, ids, groups, values)
-        curve = curve_of(ids, groups, values.tolist(), sign)
+        broken = violation(part.constraints, constraints_of(last.evaluator))
+        everyone = contenders(population, keys, part.origin, ids, groups, values, broken)
+        allowed = np.where(broken == 0, values, np.nan)
+        curve = curve_of(ids, groups, allowed.tolist(), sign)
     found_groups = sorted({contender.group for contender in everyone})
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
         here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: (sign * c.search, c.id))
+        ranked = sorted(here, key=lambda c: (c.violation, sign * c.search, c.id))
         searched = [c for c in ranked if c.kind == "searched"]
         baselines = [
             next(c for c in ranked if c.kind == kind)
@@ -423,7 +412,7 @@ def _fill_groups(result: Result, plans: Any, final: Final, sign: float) -> None:
     for group, plan in zip(result.groups, plans, strict=True):
         order = [c for c in chosen(plan, final, sign) if c.kind != "searched"]
         group.winner = best_of(plan.finalists, sign) or group.winner
-        group.baselines = sorted(order, key=lambda c: (c.kind, sign * c.selection))
+        group.baselines = sorted(order, key=lambda c: (c.kind, c.violation, sign * c.selection))
         group.finalists = list(plan.finalists)
 
 
@@ -463,44 +452,9 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         status=store.get_meta("status"),
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
+        usage=store.get_meta("usage"),
     )
     return result
-
-
-# -- verify -------------------------------------------------------------------------------------
-
-
-def verify(config: SearchConfig, store: Store) -> list[str]:
-    """Recomputes every proposal from the recorded values; returns what differs (nothing if equal).
-
-    Evaluates nothing. Holds for every evaluator: proposals are a function of the seed, the lag and
-    the recorded values.
-    """
-    if store.get_meta("pace") is None:
-        raise StudyError(f"run {store.name!r} has no records to verify")
-    begun: dict[str, dict[str, Any]] = store.get_meta("pace")
-    out: list[str] = []
-    for index, stage in enumerate(config.stages):
-        if str(index) not in begun:
-            break  # the run has not come so far
-        first_id = begun[str(index)]["first_id"]
-        algorithm = _build(stage, index, first_id, config, store)
-        pace = _pace(index, first_id, config, algorithm, 1, store)
-        leg = StageRun(
-            replace(stage, budget=Budget()),
-            index,
-            first_id,
-            config.seed,
-            store,
-            None,
-            algorithm,
-            pace.lag,
-            pace.chunk,
-            recompute=True,
-        )
-        leg.run()
-        out += [f"stage {stage.name!r}, {text}" for text in leg.mismatches]
-    return out
 
 
 # -- the short form -----------------------------------------------------------------------------
@@ -510,16 +464,24 @@ def search(
     space: Space,
     objective: Callable[..., Any] | Evaluator,
     *,
-    budget: int = 200,
+    budget: int | str | Budget = 200,
+    gpu_price: float | None = None,
+    target: float | None = None,
     seed: int = 0,
     algorithm: str | AlgorithmSpec = "evolution",
     direction: Literal["min", "max"] = "min",
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    warm_start: str | Path | None = None,
     final: Final | None = None,
     name: str = "search",
     out: str | Path | None = None,
     database: str | Path | None = None,
-    executor: Executor | None = None,
+    executor: str | Executor | None = None,
+    workers: int | None = None,
+    lag: int | None = None,
+    chunk: int | None = None,
+    deadline: float | None = None,
+    retries: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Searches a space for what an objective likes best.
@@ -528,22 +490,44 @@ def search(
         space: what may vary.
         objective: `f(**values) -> float`, a function decorated with `searchlab.evaluator`, or an
             Evaluator.
-        budget: evaluations to pay for, baselines apart.
+        budget: evaluations to pay for, baselines apart; or a text such as "90min", "6gpuh" or
+            "50usd" (see `searchlab.budget_text`), or a `Budget`.
+        gpu_price: US dollars per device hour, for a budget in dollars.
+        target: a value that is good enough to stop.
         seed: the one seed; equal seeds give equal traces.
         algorithm: a registered name or a spec with options.
         direction: of a plain function's value.
         baselines: name -> values; scored first, shown beside the result and used as parents.
+        warm_start: name (in `database`) or folder of another run over an equal space; its ten best
+            are proposed after the baselines. It must not have gone on when this run is resumed.
         final: rescore the best on splits the search never saw; for evaluators with replicates.
         name: of the run.
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
             run a database there, and the same call goes on with the run.
         database: a SQLite path or an SQLAlchemy URL; in memory when neither it nor `out` is given.
-        executor: where candidates are evaluated; this process by default.
+        executor: where candidates are evaluated: "local" (this process, the default of one
+            worker), "processes" (the default of several), or an executor of your own.
+        workers: how many candidates (chunks) are evaluated at once; 1 by default.
+        lag: at most this many evaluations are open; 2 per worker by default. Runs of equal seed,
+            lag and chunk are equal, whatever their workers. Kept by the run.
+        chunk: candidates per call of the evaluator; kept by the run.
+        deadline: seconds that one call of the evaluator may take; needs processes.
+        retries: how often a call is repeated whose worker died or was too slow; needs processes.
         callbacks: called after every recorded batch.
 
     Returns:
         The result; `result.best.plan` holds the values.
+
+    Raises:
+        ConfigError: a function that worker processes cannot load, among other bad input.
     """
+    from searchlab.budget_text import parse_budget
+
+    limit = parse_budget(budget, gpu_price=gpu_price, target=target)
+    if executor is None or isinstance(executor, str):
+        executor = ExecutorOptions(executor, workers, deadline, retries).build()
+    elif (workers, deadline, retries) != (None, None, None):
+        raise ConfigError("workers, deadline and retries belong to the executor that is given")
     evaluator = _as_evaluator(space, objective, direction, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
@@ -554,8 +538,15 @@ def search(
             if not feasible[row]:
                 raise ConfigError(f"baseline {key!r} is not allowed by the space")
         seeds = Seeds(population, tuple(f"baseline:{key}" for key in baselines))
-    stage = Stage("search", space, evaluator, spec, Budget(budget), seeds=seeds)
-    config = SearchConfig((stage,), name=name, seed=seed, final=final)
+    if warm_start is not None:
+        from searchlab.warm_start import best_of_run
+
+        warm = best_of_run(warm_start, space, evaluator.objectives[0], database=database)
+        seeds = warm if seeds is None else seeds.joined(warm)
+    stage = Stage("search", space, evaluator, spec, limit, seeds=seeds)
+    config = SearchConfig((stage,), name=name, seed=seed, lag=lag, chunk=chunk, final=final)
+    if isinstance(executor, ProcessExecutor):
+        executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)
     from searchlab.runs import run_in_database
@@ -579,7 +570,9 @@ def _as_evaluator(
         if not callable(objective):
             raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
         objective = FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
-    if isinstance(objective, FunctionEvaluator) and objective.version is None:
+    from searchlab.item_evaluator import ItemEvaluator
+
+    if isinstance(objective, FunctionEvaluator | ItemEvaluator) and objective.version is None:
         # Without a version nobody can tell two functions apart: values stay within the run.
         return replace(objective, private=name)
     return objective

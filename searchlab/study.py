@@ -183,26 +183,29 @@ class Database:
                 wanted = sa.select(meta.c.run, meta.c.key, meta.c.value).where(
                     meta.c.key.in_(("status", "best"))
                 )
-                values = {
-                    (run, key): json.loads(text) for run, key, text in connection.execute(wanted)
-                }
+                texts = [tuple(row) for row in connection.execute(wanted)]
         now = time.time()
-        return [
-            RunInfo(
-                name=row["name"],
-                status=str(values.get((row["run"], "status"), "running")),
-                live=_holder(row, now) is not None,
-                driver="" if row["owner"] is None else row["owner"].rpartition(":")[0],
-                created=row["created"],
-                updated=row["updated"],
-                records=row["records"],
-                best=values.get((row["run"], "best")),
-                seed=int(row["seed"]),
-                out=row["out"],
-                space=row["space"],
-            )
-            for row in found
-        ]
+        try:
+            values = {(run, key): json.loads(text) for run, key, text in texts}
+            return [self._info(row, values, now) for row in found]
+        except (RecursionError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise StudyError(f"{self._where}: the table of runs is damaged ({error})") from None
+
+    @staticmethod
+    def _info(row: Mapping[str, Any], values: Mapping[tuple[int, str], Any], now: float) -> RunInfo:
+        return RunInfo(
+            name=str(row["name"]),
+            status=str(values.get((row["run"], "status"), "running")),
+            live=_holder(row, now) is not None,
+            driver="" if row["owner"] is None else row["owner"].rpartition(":")[0],
+            created=float(row["created"]),
+            updated=float(row["updated"]),
+            records=int(row["records"]),
+            best=values.get((row["run"], "best")),
+            seed=int(row["seed"]),
+            out=str(row["out"]),
+            space=str(row["space"]),
+        )
 
     def close(self) -> None:
         """Lets go of the database; runs that are open keep their own connection."""
@@ -275,7 +278,7 @@ class Database:
 
         runs = tables().runs
         names = connection.execute(sa.select(runs.c.name).order_by(runs.c.run)).scalars().all()
-        known = ", ".join(names) or "none"
+        known = ", ".join(map(str, names)) or "none"
         return StudyError(f"no run {name!r} in {self._where}; there: {known}")
 
     @staticmethod
@@ -329,9 +332,9 @@ class Database:
 
 def _holder(row: Mapping[str, Any], now: float) -> Owner | None:
     """Who holds the lease; None when it is free, has run out, or its process is dead."""
-    if row["owner"] is None or row["lease_until"] <= now:
-        return None
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError, AttributeError):
+        if row["owner"] is None or row["lease_until"] <= now:
+            return None
         owner = Owner.parse(row["owner"])
         return None if owner.is_dead() else owner
     return None
@@ -348,8 +351,12 @@ def _check_free(row: Mapping[str, Any], now: float) -> None:
 
 def _check_same(row: Mapping[str, Any], config: Any, space: str, seed: int) -> None:
     differs: tuple[str, Any, Any] | None
-    differs = _difference(json.loads(row["config"]), config, "config")
-    for what, stored, given in (("space", row["space"], space), ("seed", int(row["seed"]), seed)):
+    try:
+        settings, stored_seed = json.loads(row["config"]), int(row["seed"])
+    except (TypeError, ValueError, RecursionError):
+        raise StudyError(f"the settings of run {row['name']!r} are damaged") from None
+    differs = _difference(settings, config, "config")
+    for what, stored, given in (("space", row["space"], space), ("seed", stored_seed, seed)):
         if differs is None and stored != given:
             differs = what, stored, given
     if differs is not None:

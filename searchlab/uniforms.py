@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError
 
-__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "uniforms"]
+__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "derived", "uniforms", "uniforms_of"]
 
 # Purposes 0-99 are proposals: the number is the redraw attempt.
 PARENTS = 100
@@ -15,6 +18,8 @@ POOL = 200
 FITS = 300
 BOOTSTRAP = 400
 
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_OTHER = np.uint64(0xD1342543DE82EF95)
 _WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
 
 
@@ -46,3 +51,53 @@ def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDAr
     generator.advance(first_id * blocks)
     words = np.random.Generator(generator).random(n * blocks * _WORDS_PER_BLOCK)
     return words.reshape(n, blocks * _WORDS_PER_BLOCK)[:, :width]
+
+
+def uniforms_of(seed: int, purpose: int, ids: NDArray[np.int64], width: int) -> NDArray[np.float64]:
+    """Uniforms of increasing ids that need not be neighbours; rows are those of `uniforms`."""
+    n = len(ids)
+    if n == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
+        return uniforms(seed, purpose, int(ids[0]) if n else 0, n, width)
+    blocks = -(-width // _WORDS_PER_BLOCK)
+    philox = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64))
+    generator = np.random.Generator(philox)
+    words = np.empty((n, blocks * _WORDS_PER_BLOCK))
+    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), n]
+    place = 0  # the id that the generator stands at
+    for start, stop in itertools.pairwise(breaks):
+        first = int(ids[start])
+        philox.advance((first - place) * blocks)
+        generator.random(out=words[start:stop])
+        place = first + stop - start
+    return words[:, :width]
+
+
+def derived(rows: NDArray[Any], attempt: int, width: int) -> NDArray[np.float64]:
+    """More uniforms for rows that have used up theirs, by hashing what they had.
+
+    Args:
+        rows: float64 in [0, 1) or integers, (n, w), w >= 1.
+        attempt: which set, 0 <= attempt < 2**32.
+        width: uniforms per row.
+
+    Returns:
+        float64 (n, width) in [0, 1). Row i is a pure function of (rows[i], attempt, width).
+    """
+    if rows.dtype.kind == "f":
+        words = np.rint(rows * 2.0**53).astype(np.uint64)
+    else:
+        words = rows.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        places = (np.arange(1, words.shape[1] + 1, dtype=np.uint64)) * _ODD
+        state = np.bitwise_xor.reduce(_mixed(words + places), axis=1)
+        state = _mixed(state + np.uint64(attempt + 1) * _OTHER)
+        columns = np.arange(1, width + 1, dtype=np.uint64) * _ODD
+        drawn = _mixed(state[:, None] + columns)
+    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64: every bit of the input changes half of the output."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

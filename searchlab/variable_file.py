@@ -9,24 +9,42 @@ from searchlab.errors import SpaceError
 from searchlab.variables import (
     ActiveBelow,
     ActiveIf,
+    Affine,
     Choice,
     Condition,
     Integer,
     Ordered,
     Real,
+    Simplex,
+    Subset,
     Variable,
 )
 
-__all__ = ["variable_from_json"]
+__all__ = ["brief", "variable_from_json"]
 
 
 _KEYS = {
     "choice": ("shape", "when"),
-    "integer": ("shape", "when"),
-    "real": ("shape", "when", "step", "default"),
-    "ordered": ("when", "step"),
+    "integer": ("shape", "when", "log", "step"),
+    "real": ("shape", "when", "sigma", "default", "log", "step"),
+    "ordered": ("shape", "when", "sigma"),
+    "subset": ("shape", "when"),
+    "affine": ("shape", "when", "sigma"),
+    "simplex": ("shape", "when", "sigma"),
 }
-_ORDERED_KEYS = ("n", "low", "high", "gap")
+_BODIES = {
+    "ordered": ("n", "low", "high", "gap"),
+    "subset": ("n", "k"),
+    "affine": ("n", "total", "low", "high"),
+    "simplex": ("n",),
+}
+
+
+def brief(value: object) -> str:
+    """What stands in a file, on one line of bounded length."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _condition_from_json(data: Any) -> Condition:
@@ -37,7 +55,7 @@ def _condition_from_json(data: Any) -> Condition:
         if rest == {"labels"} and isinstance(data["labels"], list | tuple):
             return ActiveIf(data["variable"], tuple(data["labels"]))
     raise SpaceError(
-        f"condition {data!r}; allowed: {{variable, labels: [...]}} or "
+        f"condition {brief(data)}; allowed: {{variable, labels: [...]}} or "
         "{variable, below: true, offset}"
     )
 
@@ -55,7 +73,9 @@ def variable_from_json(name: str, data: Any) -> Variable:
     """
     kinds = tuple(_KEYS)
     if not isinstance(data, Mapping):
-        raise SpaceError(f"variable {name!r} is {data!r}; allowed: a mapping with one of {kinds}")
+        raise SpaceError(
+            f"variable {name!r} is {brief(data)}; allowed: a mapping with one of {kinds}"
+        )
     found = [kind for kind in kinds if kind in data]
     if len(found) != 1:
         raise SpaceError(
@@ -73,7 +93,9 @@ def variable_from_json(name: str, data: Any) -> Variable:
     except SpaceError as error:
         raise SpaceError(f"variable {name!r}: {error}") from None
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise SpaceError(f"variable {name!r} cannot be read: {body!r} ({error})") from None
+        raise SpaceError(
+            f"variable {name!r} cannot be read: {brief(body)} ({brief(error)})"
+        ) from None
 
 
 def _build(kind: str, body: Any, data: Mapping[str, Any]) -> Variable:
@@ -83,25 +105,47 @@ def _build(kind: str, body: Any, data: Mapping[str, Any]) -> Variable:
         return Choice(body, shape=shape, when=when)
     if kind == "integer":
         low, high = body
-        return Integer(low, high, shape=shape, when=when)
+        log, step = data.get("log", False), data.get("step", 1)
+        return Integer(low, high, shape=shape, when=when, log=log, step=step)
     if kind == "real":
         low, high = body
-        default = data.get("default")
+        default, grid = data.get("default"), data.get("step")
         return Real(
             float(low),
             float(high),
             shape=shape,
             when=when,
-            step=float(data.get("step", 0.1)),
+            sigma=float(data.get("sigma", 0.1)),
             default=None if default is None else float(default),
+            log=data.get("log", False),
+            step=None if grid is None else float(grid),
         )
-    if not isinstance(body, Mapping) or set(body) - set(_ORDERED_KEYS):
-        raise SpaceError(f"ordered {body!r}; allowed: a mapping of {_ORDERED_KEYS}")
-    return Ordered(
+    if kind == "simplex" and isinstance(body, int):
+        body = {"n": body}
+    allowed = _BODIES[kind]
+    if not isinstance(body, Mapping) or set(body) - set(allowed):
+        raise SpaceError(f"{kind} {brief(body)}; allowed: a mapping of {allowed}")
+    if kind == "subset":
+        return Subset(body["n"], body["k"], shape=shape, when=when)
+    if kind == "ordered":
+        return Ordered(
+            body["n"],
+            float(body["low"]),
+            float(body["high"]),
+            float(body.get("gap", 0.0)),
+            shape=shape,
+            when=when,
+            sigma=float(data.get("sigma", 0.08)),
+        )
+    sigma = float(data.get("sigma", 0.1))
+    if kind == "simplex":
+        return Simplex(body["n"], shape=shape, when=when, sigma=sigma)
+    return Affine(
         body["n"],
-        float(body["low"]),
-        float(body["high"]),
-        float(body.get("gap", 0.0)),
+        float(body.get("total", 1.0)),
+        low=float(body["low"]),
+        high=float(body["high"]),
+        shape=shape,
         when=when,
-        step=float(data.get("step", 0.08)),
+        sigma=sigma,
     )

@@ -2,6 +2,7 @@
 
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.algorithms.evolution import Evolution, ParentRule
+from searchlab.algorithms.racing import Race
 from searchlab.algorithms.simple import Listed, Random
 from searchlab.algorithms.variation import UniformVariation, Variation
 
@@ -11,6 +12,7 @@ __all__ = [
     "Evolution",
     "Listed",
     "ParentRule",
+    "Race",
     "Random",
     "Seeds",
     "Told",

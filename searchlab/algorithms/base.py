@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from searchlab.errors import ConfigError
 from searchlab.population import Jobs, Population
 from searchlab.space import Space
-from searchlab.uniforms import uniforms
+from searchlab.uniforms import uniforms_of
 
 __all__ = ["Algorithm", "Draw", "Seeds", "Told"]
 
@@ -32,6 +33,11 @@ class Seeds:
             raise ConfigError(
                 f"{len(self.origin)} origins for {len(self.population)} seeds; allowed: one each"
             )
+
+    def joined(self, more: Seeds) -> Seeds:
+        """These seeds and then the others."""
+        rows = Population.concat([self.population, more.population])
+        return Seeds(rows, (*self.origin, *more.origin))
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,10 @@ class Algorithm:
     def _learn(self, told: Told) -> None:
         """Takes in answers; split-invariant."""
 
+    def _bound(self, population: Population) -> NDArray[np.float64] | None:
+        """Losses (n,) beyond which these candidates can change nothing; NaN or None = none."""
+        return None
+
     # -- the contract -----------------------------------------------------------------------
 
     def ask(self, first_id: int, n: int) -> Jobs:
@@ -155,7 +165,12 @@ class Algorithm:
             origin=tuple(origin),
             parents=np.concatenate(parents)[: len(ids)],
         )
-        return self._without_repeats(jobs, n_seeds)
+        jobs = self._without_repeats(jobs, n_seeds)
+        bound = self._bound(jobs.population)
+        if bound is None:
+            return jobs
+        baselines = np.array([text.startswith("baseline") for text in jobs.origin], dtype=bool)
+        return replace(jobs, bound=np.where(baselines, np.nan, bound))  # those are always measured
 
     def tell(self, told: Told) -> None:
         """Takes in answers, in id order."""
@@ -173,8 +188,12 @@ class Algorithm:
 
     # -- repeats ----------------------------------------------------------------------------
 
+    @cached_property
+    def _cached_width(self) -> int:
+        return self._width()
+
     def _uniforms(self, ids: NDArray[np.int64], attempt: int) -> NDArray[np.float64]:
-        return uniforms(self.seed, attempt, int(ids[0]), len(ids), self._width())
+        return uniforms_of(self.seed, attempt, ids, self._cached_width)
 
     def issued_before(self, key: bytes, before: int) -> bool:
         """Whether an id below `before` was given this candidate."""
@@ -183,64 +202,110 @@ class Algorithm:
 
     def _without_repeats(self, jobs: Jobs, n_seeds: int) -> Jobs:
         issued = self._issued
-        repeated = []
-        keys = list(jobs.keys)
-        for row, (i, key) in enumerate(zip(jobs.ids.tolist(), keys, strict=True)):
+        if self.repeats == "redraw":
+            keys, known, ids = jobs.keys, issued.get, jobs.ids.tolist()
+            new = len(set(keys)) == len(keys)
+            if not (new and all(known(key, i) >= i for i, key in zip(ids, keys, strict=True))):
+                jobs = self._redraw(jobs, n_seeds)
+        for i, key in zip(jobs.ids.tolist(), jobs.keys, strict=True):
             first = issued.setdefault(key, i)
-            if first < i:
-                repeated.append(row)
-            elif first > i:  # a later id of an earlier life of the run
+            if first > i:  # a later id of an earlier life of the run
                 issued[key] = i
-        if not repeated or self.repeats == "allow":
-            return jobs
-        # Redraws may collide with later rows of the same group, so those rows are judged again.
-        return self._redraw(jobs, repeated[0], n_seeds)
+        return jobs
 
-    def _redraw(self, jobs: Jobs, start: int, n_seeds: int) -> Jobs:
-        keys = list(jobs.keys)
-        ids = jobs.ids.tolist()
-        for row in range(start, len(ids)):
-            if self._issued.get(keys[row]) == ids[row]:
-                del self._issued[keys[row]]
-        columns = {name: np.array(column) for name, column in jobs.population.columns.items()}
-        origin, parents = list(jobs.origin), np.array(jobs.parents)
-        keep = np.ones(len(ids), dtype=bool)
-        for row in range(start, len(ids)):
-            i = ids[row]
-            if self.issued_before(keys[row], i):
-                found = None if row < n_seeds else self._redraw_one(i)
-                if found is None:
-                    keep[row] = False
-                    continue
-                draw, keys[row] = found
-                for name, column in columns.items():
-                    column[row] = draw.population[name][0]
-                origin[row], parents[row] = draw.origin[0], draw.parents[0]
-            self._issued[keys[row]] = i
-        fresh = Jobs(
-            ids=jobs.ids,
-            population=Population(columns),
-            keys=tuple(keys),
-            told_at_ask=jobs.told_at_ask,
-            origin=tuple(origin),
-            parents=parents,
-        )
-        return fresh if keep.all() else fresh.take(np.flatnonzero(keep))
+    def _redraw(self, jobs: Jobs, n_seeds: int) -> Jobs:
+        """Draws repeats again, each row up to `MAX_REDRAWS` times, as if row after row.
 
-    def _redraw_one(self, i: int) -> tuple[Draw, bytes] | None:
-        ids = np.array([i], dtype=np.int64)
-        for attempt in range(1, MAX_REDRAWS + 1):
-            draw = self._draw(ids, self._uniforms(ids, attempt), REDRAW_FACTOR**attempt)
-            if draw is None:
-                return None
-            key = self.space.keys(draw.population)[0]
-            if not self.issued_before(key, i):
-                return draw, key
-        return None
+        A row takes its first attempt that no lower id has. All rows that have none left draw
+        another one together; what a lower row takes from a higher one in this way sends the higher
+        one on, so that the order in which attempts are looked at changes nothing.
+        """
+        ids, known = jobs.ids.tolist(), self._issued.get
+        attempts: list[list[bytes]] = [[key] for key in jobs.keys]
+        at = [0] * len(ids)  # the attempt that a row stands at
+        holder: dict[bytes, int] = {}
+        draws: list[Draw] = []
+        source: dict[tuple[int, int], tuple[int, int]] = {}  # (row, attempt) -> draw and its row
+
+        def settle(row: int) -> None:
+            while True:
+                tried = attempts[row]
+                if at[row] == len(tried):
+                    if row >= n_seeds and len(tried) <= MAX_REDRAWS:
+                        waiting.append(row)
+                    return
+                key, i = tried[at[row]], ids[row]
+                if known(key, i) >= i:
+                    other = holder.get(key)
+                    if other is None or other > row:
+                        holder[key] = row
+                        if other is None:
+                            return
+                        row = other
+                at[row] += 1
+
+        waiting: list[int] = []
+        for row in range(len(ids)):
+            settle(row)
+        while waiting:
+            groups: dict[int, list[int]] = {}
+            for row in sorted(waiting):
+                groups.setdefault(len(attempts[row]), []).append(row)
+            waiting = []
+            for attempt, rows in groups.items():
+                some = jobs.ids[rows]
+                draw = self._draw(some, self._uniforms(some, attempt), REDRAW_FACTOR**attempt)
+                if draw is None:
+                    continue  # nothing more to propose: these ids are void
+                keys = self.space.keys(draw.population)
+                for place, (row, key) in enumerate(zip(rows, keys, strict=True)):
+                    attempts[row].append(key)
+                    source[row, attempt] = len(draws), place
+                draws.append(draw)
+                for row in rows:
+                    settle(row)
+        return _assembled(jobs, attempts, at, source, draws)
 
     def settings(self) -> dict[str, Any]:
         """JSON of what shapes the proposals; part of the run's configuration."""
         return {"name": self.name, "repeats": self.repeats, "quantum": self.quantum}
+
+
+def _assembled(
+    jobs: Jobs,
+    attempts: list[list[bytes]],
+    at: list[int],
+    source: dict[tuple[int, int], tuple[int, int]],
+    draws: list[Draw],
+) -> Jobs:
+    """The group with the attempt that each row stands at; rows without one are left out."""
+    columns = {name: np.array(column) for name, column in jobs.population.columns.items()}
+    origin, parents, keys = list(jobs.origin), np.array(jobs.parents), list(jobs.keys)
+    moves: list[tuple[list[int], list[int]]] = [([], []) for _ in draws]
+    kept = []
+    for row, attempt in enumerate(at):
+        if attempt == len(attempts[row]):
+            continue
+        kept.append(row)
+        if attempt:
+            number, place = source[row, attempt]
+            moves[number][0].append(row)
+            moves[number][1].append(place)
+            origin[row] = draws[number].origin[place]
+            keys[row] = attempts[row][attempt]
+    for draw, (rows, places) in zip(draws, moves, strict=True):
+        if rows:
+            for name, column in columns.items():
+                column[rows] = draw.population[name][places]
+            parents[rows] = draw.parents[places]
+    fresh = replace(
+        jobs,
+        population=Population(columns),
+        keys=tuple(keys),
+        origin=tuple(origin),
+        parents=parents,
+    )
+    return fresh if len(kept) == len(jobs) else fresh.take(kept)
 
 
 def no_parents(n: int) -> NDArray[np.int64]:

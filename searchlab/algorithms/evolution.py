@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -58,22 +59,26 @@ class _Pool:
     violation: NDArray[np.float64]
     told: int = 0
 
+    def bound(self, limit: int) -> float:
+        """A loss beyond which nothing enters the pool any more; NaN while there is none."""
+        if len(self.ids) < limit or self.violation[-1] > 0:
+            return float("nan")
+        return float(self.loss[-1])
+
     def merge(self, told: Told, rows: NDArray[np.int64], limit: int) -> None:
         self.told += len(rows)
-        loss = told.losses[rows, 0]
-        keep = rows[np.isfinite(loss)]
+        v, f = told.violation[rows], told.losses[rows, 0]
+        may = np.isfinite(f)
+        if len(self.ids) == limit:
+            # Most late candidates cannot enter: leave them out before the columns are joined.
+            worst_v, worst_f = self.violation[-1], self.loss[-1]
+            may &= (v < worst_v) | ((v == worst_v) & (f <= worst_f))
+        keep = rows[may]
         if not len(keep):
             return
-        if len(self.ids) == limit and len(keep) > limit:
-            # Most late candidates cannot enter: leave them out before the columns are joined.
-            worst = (self.violation[-1], self.loss[-1])
-            v, f = told.violation[keep], told.losses[keep, 0]
-            keep = keep[(v < worst[0]) | ((v == worst[0]) & (f <= worst[1]))]
-            if not len(keep):
-                return
         ids = np.concatenate([self.ids, told.ids[keep]])
-        loss = np.concatenate([self.loss, told.losses[keep, 0]])
-        violation = np.concatenate([self.violation, told.violation[keep]])
+        loss = np.concatenate([self.loss, f[may]])
+        violation = np.concatenate([self.violation, v[may]])
         order = np.lexsort((-ids, loss, violation))[:limit]
         population = Population.concat([self.population, told.population.take(keep)])
         self.population = population.take(order)
@@ -99,6 +104,8 @@ class Evolution(Algorithm):
         neighbour: with niches, the probability that the parents of a child come from the next
             lower or higher niche, so that a longer schedule can start from a shorter one.
         quantum: candidates per ask group.
+        race: give every job a bound: the loss of the worst candidate that is kept for parents.
+            What is beyond it changes neither proposals nor the best, so evaluators may stop there.
     """
 
     name: ClassVar[str] = "evolution"
@@ -118,10 +125,13 @@ class Evolution(Algorithm):
         niches: tuple[int, ...] = (),
         neighbour: float = 0.0,
         quantum: int = 1,
+        race: bool = False,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
         if n_random < 0 or quantum < 1:
             raise ConfigError(f"n_random {n_random}, quantum {quantum}; allowed: >= 0 and >= 1")
+        if race and repeats == "allow":
+            raise ConfigError("race with repeats 'allow'; allowed: redraw")
         if (niche is None) != (not niches):
             raise ConfigError(f"niche {niche!r} with niches {niches}; allowed: both or none")
         self.n_random = n_random
@@ -131,11 +141,13 @@ class Evolution(Algorithm):
         self.niches = tuple(sorted(niches))
         self.neighbour = neighbour
         self.quantum = quantum
+        self.race = race
         self._pools: dict[int, _Pool] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
+            **({"race": True} if self.race else {}),
             "n_random": self.n_random,
             "parents": vars(self.parents),
             "variation": self.variation.settings(),
@@ -145,21 +157,44 @@ class Evolution(Algorithm):
         }
 
     def _width(self) -> int:
-        own = 5 + self.variation.width(self.space)
+        own = 5 + self._variation_width
         return max(own, 5 + self.space.sample_width)
+
+    @cached_property
+    def _variation_width(self) -> int:
+        return self.variation.width(self.space)
 
     def _learn(self, told: Told) -> None:
         if self.niche is None:
-            niches = np.full(len(told.ids), _EVERYWHERE)
-        else:
-            niches = np.rint(self.space.cost(told.population)[self.niche]).astype(np.int64)
+            self._pool(_EVERYWHERE).merge(told, np.arange(len(told.ids)), self.parents.limit)
+            return
+        niches = self._niches_of(told.population)
         for value in np.unique(niches).tolist():
-            pool = self._pools.get(value)
-            if pool is None:
-                none = np.empty(0)
-                pool = _Pool(self.space.empty(), np.empty(0, np.int64), none, none)
-                self._pools[value] = pool
-            pool.merge(told, np.flatnonzero(niches == value), self.parents.limit)
+            self._pool(value).merge(told, np.flatnonzero(niches == value), self.parents.limit)
+
+    def _bound(self, population: Population) -> NDArray[np.float64] | None:
+        if not self.race:
+            return None
+        niches = self._niches_of(population).tolist()
+        limit = self.parents.limit
+        bounds = {
+            value: self._pool(value).bound(limit) if value in self._pools else np.nan
+            for value in set(niches)
+        }
+        return np.array([bounds[value] for value in niches])
+
+    def _niches_of(self, population: Population) -> NDArray[np.int64]:
+        if self.niche is None:
+            return np.full(len(population), _EVERYWHERE)
+        return np.rint(self.space.cost(population)[self.niche]).astype(np.int64)
+
+    def _pool(self, niche: int) -> _Pool:
+        pool = self._pools.get(niche)
+        if pool is None:
+            none = np.empty(0)
+            pool = _Pool(self.space.empty(), np.empty(0, np.int64), none, none)
+            self._pools[niche] = pool
+        return pool
 
     def _draw(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw | None:
         start = self.first_id + len(self.seeds.population) + self.n_random
@@ -181,42 +216,51 @@ class Evolution(Algorithm):
         return self._vary(u, strength)
 
     def _vary(self, u: NDArray[np.float64], strength: float) -> Draw:
+        if self.niche is None:
+            pool = self._pools[_EVERYWHERE]
+            count = self._parent_count(pool)
+            rows_a, rows_b = self._ranks(u[:, 2], count), self._ranks(u[:, 3], count)
+            return self._children(pool.population, pool.ids, rows_a, rows_b, u, strength, None)
         targets, homes = self._niches(u)
         rows_a = np.empty(len(u), dtype=np.int64)
         rows_b = np.empty(len(u), dtype=np.int64)
-        pools, offset, offsets = [], 0, {}
+        pools, offset = [], 0
         for value in np.unique(homes).tolist():
             pool = self._pools[value]
             here = homes == value
             count = self._parent_count(pool)
             rows_a[here] = offset + self._ranks(u[here, 2], count)
             rows_b[here] = offset + self._ranks(u[here, 3], count)
-            offsets[value] = offset
             offset += len(pool.ids)
             pools.append(pool)
-        population = (
-            pools[0].population
-            if len(pools) == 1
-            else Population.concat([pool.population for pool in pools])
-        )
+        population = Population.concat([pool.population for pool in pools])
         all_ids = np.concatenate([pool.ids for pool in pools])
+        return self._children(population, all_ids, rows_a, rows_b, u, strength, targets)
+
+    def _children(
+        self,
+        population: Population,
+        ids: NDArray[np.int64],
+        rows_a: NDArray[np.int64],
+        rows_b: NDArray[np.int64],
+        u: NDArray[np.float64],
+        strength: float,
+        targets: NDArray[np.int64] | None,
+    ) -> Draw:
         children = self.variation.vary(
             self.space,
             population.take(rows_a),
             population.take(rows_b),
-            u[:, 5 : 5 + self.variation.width(self.space)],
+            u[:, 5 : 5 + self._variation_width],
             strength=strength,
-            targets=targets if self.niche is not None else None,
+            targets=targets,
         )
-        parents = np.stack([all_ids[rows_a], all_ids[rows_b]], axis=1)
+        parents = np.column_stack([ids[rows_a], ids[rows_b]])
         return Draw(children, ["vary"] * len(u), parents)
 
     def _niches(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The niche each child is meant for, and the niche its parents come from."""
         filled = sorted(value for value, pool in self._pools.items() if len(pool.ids))
-        if self.niche is None:
-            everywhere = np.full(len(u), filled[0])
-            return everywhere, everywhere
         wanted = np.array(self.niches)
         targets = wanted[(u[:, 0] * len(wanted)).astype(np.int64)]
         homes = targets.copy()

@@ -92,11 +92,12 @@ class UniformVariation:
         start = 0
         for name, variable in space.variables.items():
             part = mix[:, start : start + variable.size].reshape(n, *variable.shape)
-            columns[name] = np.where(part, b[name], a[name])
+            columns[name] = variable.cross(a[name], b[name], part)
             if active_a is not None and active_b is not None:
                 alive[name] = np.where(part, active_b[name], active_a[name])
             start += variable.size
         mask = self._mask(space, u[:, 1], u[:, 2 + d : 2 + 2 * d], alive, strength)
+        mask = space.spread_ties(mask) if space.tied else mask
         active: dict[str, Array] = {}
         start, at = 0, 2 + 2 * d
         for name, variable in space.variables.items():

@@ -1,6 +1,19 @@
 """Executors: where chunks of jobs are evaluated."""
 
-from searchlab.executors.base import Chunk, Done, Executor, evaluate_chunk
+from searchlab.executors.base import Chunk, Done, Executor, Usage, evaluate_chunk, usage_of
 from searchlab.executors.local import LocalExecutor
+from searchlab.executors.options import ExecutorOptions
+from searchlab.executors.processes import ProcessExecutor, Retries
 
-__all__ = ["Chunk", "Done", "Executor", "LocalExecutor", "evaluate_chunk"]
+__all__ = [
+    "Chunk",
+    "Done",
+    "Executor",
+    "ExecutorOptions",
+    "LocalExecutor",
+    "ProcessExecutor",
+    "Retries",
+    "Usage",
+    "evaluate_chunk",
+    "usage_of",
+]

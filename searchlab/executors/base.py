@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +12,7 @@ from searchlab.errors import EvaluationError
 from searchlab.evaluator import Evaluator
 from searchlab.population import Evaluations, Jobs
 
-__all__ = ["Chunk", "Done", "Executor", "evaluate_chunk"]
+__all__ = ["Chunk", "Done", "Executor", "Usage", "evaluate_chunk", "failed_chunk", "usage_of"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,25 @@ class Chunk:
         evaluator: index into the evaluators the executor was started with.
         rows: jobs are padded to this many rows for evaluators whose values depend on the chunk;
             0 = as they are.
+        forget: drop what the evaluator keeps between calls first (its method `forget`, if any).
     """
 
     jobs: Jobs
     evaluator: int = 0
     rows: int = 0
+    forget: bool = False
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished chunk; failures are rows of the evaluations, never exceptions."""
+    """A finished chunk; failures are rows of the evaluations, never exceptions.
+
+    Attributes:
+        started, finished: seconds since the epoch, of the attempt that counts.
+        worker: who evaluated it.
+        attempts: how often it was begun, this one included.
+        traceback: of the first exception that the evaluator raised, "" without one.
+    """
 
     chunk: Chunk
     evaluations: Evaluations
@@ -39,6 +50,43 @@ class Done:
     finished: float
     worker: str = "local"
     attempts: int = 1
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How busy an executor's workers were.
+
+    Attributes:
+        workers: how many.
+        busy_s: seconds spent in evaluations that gave a result, summed over workers.
+        wall_s: seconds from the first chunk to now, or to the last result if nothing is open.
+        deaths: workers that died with a chunk.
+        timeouts: attempts that took longer than the deadline.
+        repeats: attempts beyond the first.
+    """
+
+    workers: int
+    busy_s: float
+    wall_s: float
+    deaths: int = 0
+    timeouts: int = 0
+    repeats: int = 0
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the workers' time that was spent in evaluations, 0 to 1."""
+        return min(1.0, self.busy_s / (self.workers * self.wall_s)) if self.wall_s > 0 else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """The figures that a result shows."""
+        return {
+            "workers": self.workers,
+            "utilisation": round(self.utilisation, 4),
+            "deaths": self.deaths,
+            "timeouts": self.timeouts,
+            "repeats": self.repeats,
+        }
 
 
 class Executor(Protocol):
@@ -59,6 +107,27 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def usage_of(executor: Executor) -> Usage | None:
+    """What an executor says about its workers' time; None if it does not measure that."""
+    measured: Callable[[], Usage] | None = getattr(executor, "usage", None)
+    return measured() if measured is not None else None
+
+
+def failed_chunk(
+    chunk: Chunk,
+    evaluator: Evaluator,
+    reason: str,
+    *,
+    worker: str,
+    started: float,
+    finished: float,
+    attempts: int = 1,
+) -> Done:
+    """A chunk that failed as a whole."""
+    evaluations = Evaluations.failed(len(chunk.jobs), len(evaluator.objectives), reason)
+    return Done(chunk, evaluations, started, finished, worker, attempts)
+
+
 def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local") -> Done:
     """Evaluates one chunk; whatever the evaluator raises becomes `failed` rows with a reason."""
     jobs = chunk.jobs
@@ -66,6 +135,10 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
     padded = jobs
     if chunk.rows > n:
         padded = jobs.take([*range(n), *[n - 1] * (chunk.rows - n)])
+    if chunk.forget:
+        forget: Callable[[], None] = getattr(evaluator, "forget", lambda: None)
+        forget()
+    raised = ""
     started = time.time()
     try:
         answer: object = evaluator.evaluate(padded)
@@ -74,6 +147,8 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
                 f"evaluator returned {type(answer).__name__}; allowed: Evaluations"
             )
         evaluations = answer
+        noted = evaluations.notes.get("traceback")
+        raised = noted if isinstance(noted, str) else ""
         if len(evaluations) != len(padded):
             evaluations = Evaluations.failed(
                 n,
@@ -89,10 +164,11 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
             )
         elif len(padded) > n:
             evaluations = evaluations.take(range(n))
-    except Exception as error:  # a candidate that breaks its evaluator is a result
+    except (Exception, SystemExit) as error:  # a candidate that breaks its evaluator is a result
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         evaluations = Evaluations.failed(n, len(evaluator.objectives), text)
+        raised = traceback.format_exc()
     finished = time.time()
     if evaluations.cost_s is not None and not evaluations.cost_s.any():
         evaluations.cost_s = evaluations.cost_s + (finished - started) / max(1, n)
-    return Done(chunk, evaluations, started, finished, worker)
+    return Done(chunk, evaluations, started, finished, worker, traceback=raised)

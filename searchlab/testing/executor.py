@@ -1,21 +1,27 @@
-"""The conformance suite of executors: inherit it, supply the fixture `executor`."""
+"""The conformance suites of executors: inherit one, supply its fixtures."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from searchlab.evaluator import Evaluator, FunctionEvaluator
-from searchlab.executors.base import Chunk, Done, Executor
-from searchlab.population import FAILED, OK
+from searchlab.executors.base import Chunk, Done, Executor, evaluate_chunk, usage_of
+from searchlab.population import FAILED, OK, Evaluations, Jobs
 from searchlab.space import Space
 from searchlab.testing.evaluator import jobs_of
 from searchlab.uniforms import uniforms
 from searchlab.variables import Choice, Integer
 
-__all__ = ["ExecutorSuite", "collect"]
+__all__ = ["ExecutorSuite", "IsolatingExecutorSuite", "collect"]
 
 
 def _space() -> Space:
@@ -37,14 +43,81 @@ def short(plans: list[dict[str, int]], fidelity: str, seed: int) -> list[float]:
     return [0.0] * (len(plans) - 1)
 
 
+def leaves(plans: list[dict[str, int]], fidelity: str, seed: int) -> list[float]:
+    """A population function that wants to end its process."""
+    sys.exit("enough")
+
+
+def odd(a: int, b: int) -> float:
+    """A function that fails for some candidates."""
+    return 1.0 / (a % 2)
+
+
+def neighbours(plans: list[dict[str, int]], fidelity: str, seed: int) -> list[float]:
+    """A population function whose values depend on all rows and their order."""
+    values, out = 0.0, []
+    for plan in plans:
+        values = 0.7 * values + plan["a"] + 0.1 * len(plans)
+        out.append(values)
+    return out
+
+
+class Counting(FunctionEvaluator):
+    """Counts its calls until it is told to forget."""
+
+    calls = 0
+
+    def forget(self) -> None:
+        """Begins to count anew."""
+        self.calls = 0
+
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        """The number of this call, for every job; fails where columns can be written to."""
+        self.calls += 1
+        if any(column.flags.writeable for column in jobs.population.columns.values()):
+            raise ValueError("writeable columns")
+        return Evaluations(np.full(len(jobs), float(self.calls)))
+
+
+GOOD, BROKEN, SHORT, LEAVES, ODD, NEIGHBOURS, COUNTING, FATAL = range(8)
+
+
 def evaluators() -> tuple[Evaluator, ...]:
-    """A good one, one that raises, and one that answers with too few rows."""
+    """Good ones and some of those that an executor has to live with."""
     space = _space()
     return (
         FunctionEvaluator(double, space),
         FunctionEvaluator(broken, space, batch=True),
         FunctionEvaluator(short, space, batch=True),
+        FunctionEvaluator(leaves, space, batch=True),
+        FunctionEvaluator(odd, space),
+        FunctionEvaluator(neighbours, space, batch=True, reproducibility="batch"),
+        Counting(double, space),
+        FunctionEvaluator(fatal, space, batch=True),
     )
+
+
+def fatal(plans: list[dict[str, int]], fidelity: str, seed: int) -> list[float]:
+    """Ends, kills or hangs its process, by the file whose path is in the environment."""
+    how, _, count = Path(os.environ[FATAL_FILE]).read_text("utf-8").partition(" ")
+    if count:  # only so many times
+        left = int(count) - 1
+        Path(os.environ[FATAL_FILE]).write_text(f"{how} {left}" if left else "live", "utf-8")
+    if how == "exit":
+        os._exit(3)
+    elif how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "crash":
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        ctypes.string_at(0)
+    elif how == "hang":
+        time.sleep(1000)
+    elif how == "hold":  # in compiled code that lets no other Python run
+        ctypes.PyDLL(None).sleep(1000)
+    return [1.0] * len(plans)
+
+
+FATAL_FILE = "SEARCHLAB_TESTING_FATAL"
 
 
 def chunk(first: int, n: int, evaluator: int = 0, rows: int = 0) -> Chunk:
@@ -137,8 +210,136 @@ class ExecutorSuite:
         (done,) = collect(started, 1)
         assert len(done.evaluations) == 3
 
+    def test_values_are_those_of_a_plain_call(self, started: Executor) -> None:
+        """Bit for bit, with neighbours and padding, whatever worker had the chunk."""
+        plain = evaluators()
+        chunks = [chunk(5 * i, 5, which, rows) for i in range(3) for which, rows in CASES]
+        for given in chunks:
+            started.submit(given)
+        done = {id(part.chunk): part.evaluations for part in collect(started, len(chunks))}
+        for given in chunks:
+            wanted = evaluate_chunk(plain[given.evaluator], given).evaluations
+            np.testing.assert_array_equal(done[id(given)].values, wanted.values)
+            np.testing.assert_array_equal(done[id(given)].state, wanted.state)
+            assert done[id(given)].reason == wanted.reason
+
+    def test_an_exception_leaves_its_traceback(self, started: Executor) -> None:
+        for which in (BROKEN, ODD, GOOD):
+            started.submit(chunk(0, 8, which))
+        texts = {part.chunk.evaluator: part.traceback for part in collect(started, 3)}
+        assert "in broken" in texts[BROKEN]
+        assert "in odd" in texts[ODD]
+        assert texts[GOOD] == ""
+
+    def test_an_exit_is_a_failure(self, started: Executor) -> None:
+        started.submit(chunk(0, 2, LEAVES))
+        (done,) = collect(started, 1)
+        assert done.evaluations.reason == ["SystemExit: enough"] * 2
+
+    def test_what_an_evaluator_keeps_can_be_forgotten(self, started: Executor) -> None:
+        """And candidates are as read-only for it as in the driver."""
+        for _ in range(4):
+            asked = chunk(0, 1, COUNTING)
+            started.submit(Chunk(asked.jobs, asked.evaluator, forget=True))
+            (done,) = collect(started, 1)
+            assert done.evaluations.reason == [""]
+            assert done.evaluations.values.tolist() == [[1.0]]
+
+    def test_time_at_work_is_measured(self, started: Executor) -> None:
+        before = usage_of(started)
+        for i in range(6):
+            started.submit(chunk(i, 1))
+        spent = sum(part.finished - part.started for part in collect(started, 6))
+        usage = usage_of(started)
+        assert usage is not None
+        assert before is not None
+        assert usage.workers == started.workers
+        assert usage.busy_s - before.busy_s == pytest.approx(spent, abs=1e-6)
+        assert 0 < usage.utilisation <= 1
+        assert (usage.deaths, usage.timeouts, usage.repeats) == (0, 0, 0)
+
     def test_close_twice(self, executor: Executor) -> None:
         executor.start(evaluators())
         executor.submit(chunk(0, 1))
         executor.close()
         executor.close()
+
+
+CASES = ((GOOD, 0), (ODD, 0), (NEIGHBOURS, 0), (NEIGHBOURS, 16), (BROKEN, 0), (SHORT, 8))
+
+
+class IsolatingExecutorSuite(ExecutorSuite):
+    """What executors promise whose workers are other processes, of this or another machine.
+
+    Args:
+        strict: a new executor with a deadline of at most a second, and one retry after a death and
+            after a timeout.
+    """
+
+    @pytest.fixture
+    def strict(self) -> Executor:
+        """A new executor with a deadline and one retry per cause."""
+        raise NotImplementedError("override the fixture `strict`")
+
+    @pytest.fixture
+    def orders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The file that tells the evaluator `fatal` what to do."""
+        path = tmp_path / "orders"
+        monkeypatch.setenv(FATAL_FILE, str(path))
+        return path
+
+    @pytest.mark.parametrize(
+        ("how", "reason"),
+        [
+            ("exit", "exit code 3"),
+            ("crash", "SIGSEGV"),
+            ("hold", "timeout"),
+        ],
+    )
+    def test_a_death_is_a_result_when_retries_are_used_up(
+        self, strict: Executor, orders: Path, how: str, reason: str
+    ) -> None:
+        orders.write_text(how, "utf-8")
+        strict.start(evaluators())
+        try:
+            strict.submit(chunk(0, 2, FATAL))
+            strict.submit(chunk(2, 2, GOOD))
+            done = {part.chunk.evaluator: part for part in collect(strict, 2)}
+            assert done[GOOD].evaluations.reason == ["", ""]
+            lost = done[FATAL]
+            assert lost.attempts == 2
+            assert lost.evaluations.state is not None
+            assert lost.evaluations.state.tolist() == [FAILED] * 2
+            assert lost.evaluations.reason is not None
+            assert reason in lost.evaluations.reason[0]
+            assert "2 attempts" in lost.evaluations.reason[0]
+            orders.write_text("live", "utf-8")
+            strict.submit(chunk(4, 1, FATAL))
+            (last,) = collect(strict, 1)
+            assert last.evaluations.reason == [""]
+        finally:
+            strict.close()
+
+    @pytest.mark.parametrize("how", ["kill 1", "hang 1"])
+    def test_what_was_lost_is_done_again(self, strict: Executor, orders: Path, how: str) -> None:
+        orders.write_text(how, "utf-8")
+        strict.start(evaluators())
+        try:
+            strict.submit(chunk(0, 2, FATAL))
+            (done,) = collect(strict, 1)
+            assert done.attempts == 2
+            assert done.evaluations.values.tolist() == [[1.0], [1.0]]
+            usage = usage_of(strict)
+            assert usage is not None
+            assert (usage.deaths + usage.timeouts, usage.repeats) == (1, 1)
+        finally:
+            strict.close()
+
+    def test_close_ends_what_hangs(self, executor: Executor, orders: Path) -> None:
+        orders.write_text("hold", "utf-8")
+        executor.start(evaluators())
+        executor.submit(chunk(0, 1, FATAL))
+        assert executor.wait(0.2) == []
+        began = time.monotonic()
+        executor.close()
+        assert time.monotonic() - began < 5

@@ -142,7 +142,7 @@ class SolverScheduleSpace(Space):
                 shape=(m,),
                 when=(*step, ActiveIf("relaxation", ("linear",))),
                 default=0.0,
-                step=0.05,
+                sigma=0.05,
             ),
             "scale_2": Real(
                 0.0,

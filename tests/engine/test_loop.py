@@ -184,9 +184,9 @@ def test_an_interruption_before_the_first_job_is_one_too() -> None:
         raise KeyboardInterrupt
 
     store = MemoryRun()
-    with pytest.raises(KeyboardInterrupt):
-        run(make_config(stops), store=store)
-    assert store.get_meta("status") == "interrupted"
+    result = run(make_config(stops), store=store)
+    assert result.meta["status"] == store.get_meta("status") == "interrupted"
+    assert result.counts["evaluations"] == 0
 
 
 def test_a_callback_that_raises_loses_nothing() -> None:

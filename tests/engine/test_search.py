@@ -179,7 +179,7 @@ def test_baselines_are_checked() -> None:
     ("options", "text"),
     [
         ({"budget": -1}, "budget"),
-        ({"budget": "6gpuh"}, "budget"),
+        ({"budget": "6 bananas"}, "budget"),
         ({"algorithm": "magic"}, "evolution"),
         ({"algorithm": sl.AlgorithmSpec("evolution", {"speed": 3})}, "speed"),
         ({"seed": -1}, "seed"),

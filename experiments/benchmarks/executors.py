@@ -1,0 +1,299 @@
+"""Worker processes: one trace whatever happens, and how busy they are; one JSON line per case.
+
+    python -m searchlab.experiments.benchmarks.executors [--quick] [--check] [--out FILE]
+
+Candidates sleep for 5 to 50 ms, a function of the candidate. The traces of 1, 2 and 8 workers, of
+workers that are killed again and again, and of a driver that is killed with SIGKILL three times are
+held against the trace of one process. `--quick` has fewer candidates and at most 4 workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.evaluator import Evaluator, FunctionEvaluator
+from searchlab.executors import Executor, LocalExecutor, ProcessExecutor
+from searchlab.experiments.benchmarks._common import Aim, Journal, flags
+from searchlab.loop import Callback, Progress
+from searchlab.population import OK
+from searchlab.records import Records
+from searchlab.search import run
+from searchlab.space import Space
+from searchlab.study import Database, MemoryRun
+from searchlab.variables import Choice, Integer, Real
+
+LAG = 16
+KILLS = 3  # of the driver
+LOG = "SEARCHLAB_BENCHMARK_LOG"
+
+
+def _space() -> Space:
+    return Space(kind=Choice(tuple(range(8)), shape=(16,)), x=Real(0, 1), n=Integer(0, 99))
+
+
+def _fraction(kind: list[int], x: float, n: int) -> float:
+    """A number in [0, 1) that looks random."""
+    return (sum(k * (i + 1.7) for i, k in enumerate(kind)) * 0.618 + x * 97.3 + n * 0.377) % 1
+
+
+def _score(kind: list[int], x: float, n: int) -> float:
+    return sum(kind) + (x - 0.3) ** 2 + abs(n - 40) / 10
+
+
+def sleeper(kind: list[int], x: float, n: int) -> float:
+    """Sleeps for 5 to 50 ms; one candidate of fifty raises."""
+    fraction = _fraction(kind, x, n)
+    if LOG in os.environ:
+        with open(os.environ[LOG], "a", encoding="utf-8") as file:
+            file.write(f"{fraction!r}\n")
+    time.sleep(0.005 + 0.045 * fraction)
+    if fraction * 7919 % 1 < 0.02:
+        raise ValueError("one of fifty")
+    return _score(kind, x, n)
+
+
+def neighbourly(plans: list[dict[str, Any]], fidelity: str, seed: int) -> list[float]:
+    """Values depend on all rows before and on their number, as a device's kernels may."""
+    carried, out = 0.1 * len(plans), []
+    for plan in plans:
+        carried = 0.25 * carried + _score(**plan)
+        out.append(carried)
+    time.sleep(0.005 + 0.02 * (carried * 7919 % 1))
+    return out
+
+
+def _config(evaluator: Evaluator, budget: int, *, quantum: int = 1, chunk: int = 1) -> SearchConfig:
+    algorithm = AlgorithmSpec("evolution", {"quantum": quantum})
+    stage = Stage("search", _space(), evaluator, algorithm, Budget(budget))
+    return SearchConfig((stage,), seed=7, lag=LAG, chunk=chunk)
+
+
+def _sleeping(budget: int) -> SearchConfig:
+    return _config(FunctionEvaluator(sleeper, _space(), version=1), budget)
+
+
+def _neighbouring(budget: int) -> SearchConfig:
+    evaluator = FunctionEvaluator(neighbourly, _space(), batch=True, reproducibility="batch")
+    return _config(evaluator, budget, quantum=8, chunk=4)
+
+
+def _records(config: SearchConfig, executor: Executor, *callbacks: Callback) -> Records:
+    store = MemoryRun()
+    run(config, store=store, executor=executor, callbacks=callbacks)
+    return store.records()
+
+
+def _paid_twice(records: Records) -> int:
+    """Candidates that were evaluated more than once although their first value was good."""
+    keys = [records.keys[i] for i in np.flatnonzero((records.state == OK) & ~records.cached)]
+    return len(keys) - len(set(keys))
+
+
+def _equal(name: str, differs: int) -> Aim:
+    return Aim(name, differs, "at most", 0)
+
+
+class _Hunter:
+    """A callback that kills a random worker again and again."""
+
+    def __init__(self, executor: ProcessExecutor, every: float) -> None:
+        self.executor, self.every = executor, every
+        self.draw = random.Random(1)
+        self.last = time.monotonic()
+        self.kills = 0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.draw.choice(self.executor.pids()), signal.SIGKILL)
+            self.kills += 1
+        self.last = now
+
+
+def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: int) -> None:
+    for count in workers:
+        executor = ProcessExecutor(workers=count)
+        began = time.process_time()
+        records = _records(_sleeping(budget), executor)
+        cpu = time.process_time() - began
+        usage = executor.usage()
+        nominal = _nominal_seconds(records)
+        figures = {
+            "workers": count,
+            "lag": LAG,
+            "evaluations": len(records),
+            "seconds": round(usage.wall_s, 3),
+            "share_of_ideal": round(nominal / count / usage.wall_s, 4),
+            "busy": round(usage.utilisation, 4),
+            "driver_cpu_ms_per_evaluation": round(1e3 * cpu / len(records), 3),
+        }
+        aims = [
+            _equal("traces that differ", int(records.trace() != wanted.trace())),
+            _equal("evaluations paid twice", _paid_twice(records)),
+        ]
+        if count == max(workers):
+            share = float(figures["share_of_ideal"])
+            name = "share of the ideal throughput"
+            # A quick run mostly shows how the last evaluations are waited for.
+            aims.append(Aim(name, share, "at least", 0.95, binding=not journal.options.quick))
+        journal.case(f"trace, {count} workers", figures, seeds=(7,), aims=aims)
+
+
+def _nominal_seconds(records: Records) -> float:
+    """What all evaluations together sleep."""
+    population = _space().unpack(records.genotypes)
+    return sum(0.005 + 0.045 * _fraction(**plan) for plan in _space().decode(population))
+
+
+def _killed_workers(journal: Journal, wanted: Records, workers: int, every: float) -> None:
+    executor = ProcessExecutor(workers=workers, retries=20)
+    hunter = _Hunter(executor, every)
+    records = _records(_sleeping(len(wanted)), executor, hunter)
+    usage = executor.usage()
+    journal.case(
+        "trace, killed workers",
+        {
+            "workers": workers,
+            "kill_every_s": every,
+            "kills": hunter.kills,
+            "repeated": usage.repeats,
+            "seconds": round(usage.wall_s, 3),
+            "busy": round(usage.utilisation, 4),
+        },
+        seeds=(7,),
+        aims=[
+            _equal("traces that differ", int(records.trace() != wanted.trace())),
+            _equal("evaluations paid twice", _paid_twice(records)),
+            Aim("kills", hunter.kills, "at least", 1),
+        ],
+    )
+
+
+# -- a driver that is killed --------------------------------------------------------------------
+
+
+def _drive(folder: Path, budget: int, workers: int) -> None:
+    """What the killed process runs."""
+    config = _sleeping(budget)
+    with Database(folder / "study.db") as base:
+        store = base.open_run(
+            "run",
+            config=config.describe(),
+            space=config.stages[0].space.fingerprint,
+            seed=7,
+            out="",
+        )
+        run(config, store=store, executor=ProcessExecutor(workers=workers))
+
+
+def _stored(folder: Path) -> Records | None:
+    if not (folder / "study.db").is_file():
+        return None
+    try:
+        with Database(folder / "study.db") as base:
+            return base.read("run").records()
+    except Exception:  # the file is being made
+        return None
+
+
+def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
+    budget, kills, recorded = len(wanted), 0, 0
+    draw = random.Random(2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log = folder / "log"
+        more = ["--drive", name, "--budget", str(budget), "--workers", str(workers)]
+        command = [sys.executable, "-m", __spec__.name if __spec__ else "", *more]
+        for attempt in range(KILLS + 1):
+            target = draw.randint(budget * attempt // 4 + 1, budget * (attempt + 1) // 4 - 1)
+            process = subprocess.Popen(command, env={**os.environ, LOG: str(log)})
+            while attempt < KILLS and process.poll() is None:
+                records = _stored(folder)
+                if records is not None and len(records) >= target:
+                    process.kill()
+                    kills += 1
+                    break
+                time.sleep(0.01)
+            process.wait()
+            if attempt < KILLS:
+                now = _stored(folder)
+                recorded = 0 if now is None else len(now)
+        records = _stored(folder)
+        calls = log.read_text("utf-8").split()
+    assert records is not None
+    # Lost with the driver: what was at work, or done and not recorded, and the first measurement.
+    again = len(calls) - len(set(calls))
+    journal.case(
+        "trace, killed driver",
+        {
+            "workers": workers,
+            "kills": kills,
+            "recorded_at_last_kill": recorded,
+            "begun_again": again,
+        },
+        seeds=(7,),
+        aims=[
+            _equal("traces that differ", int(records.trace() != wanted.trace())),
+            _equal("evaluations paid twice", _paid_twice(records)),
+            Aim("kills", kills, "at least", KILLS),
+            Aim("evaluations begun again", again, "at most", LAG * KILLS + 4),
+        ],
+    )
+
+
+def _neighbours(journal: Journal, workers: Sequence[int], budget: int) -> None:
+    wanted = _records(_neighbouring(budget), LocalExecutor())
+    for count in workers:
+        executor = ProcessExecutor(workers=count)
+        records = _records(_neighbouring(budget), executor)
+        journal.case(
+            f"neighbours, {count} workers",
+            {"workers": count, "evaluations": len(records)},
+            seeds=(7,),
+            aims=[
+                _equal("traces that differ", int(records.trace() != wanted.trace())),
+                _equal("evaluations paid twice", _paid_twice(records)),
+            ],
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all cases; returns the exit code."""
+    options = flags(__doc__, arguments, add=_own_flags)
+    if options.drive is not None:
+        _drive(options.drive, options.budget, options.workers)
+        return 0
+    journal = Journal("executors", options)
+    workers: tuple[int, ...] = (1, 4) if options.quick else (1, 2, 8)
+    budget, every = (120, 0.5) if options.quick else (1500, 2.0)
+    wanted = _records(_sleeping(budget), LocalExecutor())
+    _traces(journal, wanted, workers, budget)
+    _killed_workers(journal, wanted, max(workers), every)
+    _killed_driver(journal, wanted, max(workers))
+    _neighbours(journal, workers, budget)
+    return journal.close()
+
+
+def _own_flags(parser: argparse.ArgumentParser) -> None:
+    for name, kind in (("--drive", Path), ("--budget", int), ("--workers", int)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The options of `run` and `resume` that say where candidates are evaluated."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from searchlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from searchlab.config import SearchConfig
+    from searchlab.executors.options import ExecutorOptions
+
+__all__ = ["add_flags", "check_pace", "executor_options", "with_pace"]
+
+_PACE = ("lag", "chunk")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -> None:
+    """Adds the options, apart from those that a recipe has itself."""
+    group = parser.add_argument_group("workers")
+    group.add_argument("--executor", metavar="NAME", help="local or processes; by the workers")
+    group.add_argument("--workers", type=int, metavar="N", help="worker processes (1)")
+    group.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="for one call of the evaluator; no limit"
+    )
+    group.add_argument(
+        "--retries",
+        type=int,
+        metavar="N",
+        help="of a call whose worker died or was too slow (3 and 1)",
+    )
+    for name, text in (
+        ("lag", "evaluations open at once; fixed when the run is opened (2 per worker)"),
+        ("chunk", "candidates per call of the evaluator; fixed when the run is opened"),
+    ):
+        if name not in taken:
+            group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+
+
+def executor_options(given: argparse.Namespace) -> ExecutorOptions:
+    """Which executor the options ask for; a wrong combination is an error at once."""
+    from searchlab.executors.options import ExecutorOptions
+
+    options = ExecutorOptions(given.executor, given.workers, given.deadline, given.retries)
+    options.build().close()
+    return options
+
+
+def with_pace(config: SearchConfig, given: argparse.Namespace) -> SearchConfig:
+    """The configuration with the lag and the chunk that the options ask for."""
+    lag, chunk = (getattr(given, name, None) for name in _PACE)
+    if lag is not None:
+        config = replace(config, lag=int(lag))
+    if chunk is not None:
+        stages = tuple(replace(stage, chunk=None) for stage in config.stages)
+        config = replace(config, chunk=int(chunk), stages=stages)
+    return config
+
+
+def check_pace(given: argparse.Namespace, pace: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Raises ConfigError where a run was opened with another lag or chunk than is asked for."""
+    for name in _PACE:
+        wanted = getattr(given, name)
+        stored = sorted({stage[name] for stage in (pace or {}).values()})
+        if wanted is not None and stored and stored != [wanted]:
+            raise ConfigError(
+                f"--{name} {wanted}; the run was opened with {', '.join(map(str, stored))}, and "
+                "nothing else is allowed"
+            )

@@ -1,0 +1,51 @@
+"""The one callback protocol: what hears of a run's progress, batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from searchlab.executors.base import Done, Usage
+
+__all__ = ["Callback", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback hears after every recorded batch; `best` is in the user's sign."""
+
+    stage: str
+    issued: int
+    finished: int
+    paid: int
+    hits: int
+    failed: int
+    budget: int | None
+    seconds: float
+    best: dict[int, float]
+    done: tuple[Done, ...] = ()
+    usage: Usage | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """The figures as one flat mapping, as loggers want them.
+
+        The best value is "best", or "best/GROUP" where there are groups. `finished` is a good step
+        number: it grows with every call of a stage.
+        """
+        out: dict[str, float] = {
+            "finished": self.finished,
+            "paid": self.paid,
+            "hits": self.hits,
+            "failed": self.failed,
+            "seconds": self.seconds,
+        }
+        for group, value in sorted(self.best.items()):
+            out["best" if list(self.best) == [0] else f"best/{group}"] = value
+        return out
+
+
+class Callback(Protocol):
+    """Hears of progress; what it raises stops the run after everything finished was recorded."""
+
+    def __call__(self, progress: Progress) -> None: ...

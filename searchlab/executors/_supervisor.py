@@ -1,0 +1,415 @@
+"""The thread that keeps worker processes alive, fed and within their deadlines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from searchlab.evaluator import Evaluator
+from searchlab.executors._channel import DriverEnd, unpacked
+from searchlab.executors.base import Chunk, Done, failed_chunk
+
+__all__ = ["Broken", "Retries", "Supervisor", "Task"]
+
+TICK = 0.25  # seconds between looks at workers whose death their children hide
+STARTS = 5  # when every worker failed to start so often in a row, the run ends
+FIRST_STARTS = 3  # the same when the run begins
+PAUSE = 0.1  # seconds before a worker is started again after it failed to, doubled each time
+GRACE = 1.0  # seconds that idle workers have to end by themselves
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from searchlab.executors._worker import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a chunk is begun again, per cause.
+
+    Attributes:
+        death: after the worker died with it.
+        timeout: after it took longer than the deadline.
+        error: after the evaluator raised.
+    """
+
+    death: int = 3
+    timeout: int = 1
+    error: int = 0
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why a worker could not start.
+
+    Attributes:
+        step: "boot", "main" (importing the main module), "load" (unpickling) or "setup".
+        error: name of the exception's class.
+        text: one line.
+        traceback: of the worker.
+    """
+
+    step: str
+    error: str
+    text: str
+    traceback: str = ""
+
+
+@dataclass(eq=False)
+class Task:
+    """A chunk that has not come back, with the attempts so far."""
+
+    chunk: Chunk
+    message: bytes
+    attempts: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    begun: float = 0.0
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One place for a worker process; the process in it may change."""
+
+    number: int
+    process: subprocess.Popen[bytes] | None = None
+    end: DriverEnd | None = None
+    pipe: int = -1
+    ready: bool = False
+    task: Task | None = None
+    until: float = math.inf
+    late: bool = False
+    broken: Broken | None = None
+    starts: int = 0  # in a row that came to nothing
+    resume_at: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.number}"
+
+
+class Supervisor:
+    """Owns the workers. Everything but `submit`, `stop` and the figures runs in its own thread.
+
+    Attributes:
+        done: finished chunks, or the exception that ended the thread.
+        opened: one item when the workers are ready: None, or why they are not.
+        busy_s, deaths, timeouts, repeats: see `Usage`.
+        open: chunks that have not come back.
+        last: when the last result came (monotonic seconds).
+    """
+
+    def __init__(
+        self,
+        evaluators: tuple[Evaluator, ...],
+        opening: bytes,
+        *,
+        workers: int,
+        deadline: float | None,
+        retries: Retries,
+        environment: Mapping[str, str],
+    ) -> None:
+        self.done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
+        self.opened: queue.SimpleQueue[Broken | None] = queue.SimpleQueue()
+        self.busy_s = 0.0
+        self.deaths = self.timeouts = self.repeats = self.open = 0
+        self.last = 0.0
+        self._evaluators = evaluators
+        self._opening = opening
+        self._deadline = math.inf if deadline is None else deadline
+        self._allowed = {
+            "death": retries.death,
+            "timeout": retries.timeout,
+            "error": retries.error,
+        }
+        self._environment = dict(environment)
+        self._workers = [_Worker(number) for number in range(workers)]
+        self._tasks: deque[Task] = deque()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._announced = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._main, name="searchlab-supervisor", daemon=True)
+        self._thread.start()
+
+    # -- called by the driver ---------------------------------------------------------------
+
+    def submit(self, task: Task) -> None:
+        """Queues a task; never blocks."""
+        with self._lock:
+            self.open += 1
+            self._tasks.append(task)
+        self._wake()
+
+    def stop(self) -> None:
+        """Ends all workers, whatever they are doing; returns when they are gone."""
+        self._stopping = True
+        if self._thread.is_alive():
+            self._wake()
+            self._thread.join()
+
+    def pids(self) -> list[int]:
+        """Process numbers of the workers that run now."""
+        processes = [worker.process for worker in self._workers]  # they change meanwhile
+        return [process.pid for process in processes if process is not None]
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # full = awake anyway
+            self._wake_out.send(b"x")
+
+    # -- the thread -------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            for worker in self._workers:
+                self._start(worker)
+            while not self._stopping:
+                self._assign()
+                self._listen()
+                self._look_after()
+        except BaseException as error:
+            self.opened.put(Broken("boot", type(error).__name__, str(error)))
+            self.done.put(error)
+        finally:
+            self._end_all()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _assign(self) -> None:
+        """Gives the oldest tasks to workers that wait for one."""
+        for worker in self._workers:
+            if not worker.ready or worker.task is not None:
+                continue
+            with self._lock:
+                if not self._tasks:
+                    return
+                task = self._tasks.popleft()
+            task.attempts += 1
+            task.begun = time.time()
+            worker.task = task
+            worker.until = time.monotonic() + self._deadline
+            assert worker.end is not None
+            worker.end.send(task.message)
+
+    def _listen(self) -> None:
+        """Waits until something happens, and hears what the workers say."""
+        poll = select.poll()
+        poll.register(self._wake_in.fileno(), select.POLLIN)
+        by_number: dict[int, _Worker] = {}
+        until = math.inf
+        for worker in self._workers:
+            if worker.end is None:
+                continue
+            wanted = select.POLLIN | (select.POLLOUT if worker.end.unsent else 0)
+            poll.register(worker.end.fileno(), wanted)
+            by_number[worker.end.fileno()] = worker
+            until = min(until, worker.until)
+        wait = max(0.0, min(TICK, until - time.monotonic()))
+        for number, event in poll.poll(math.ceil(wait * 1e3)):
+            if number == self._wake_in.fileno():
+                self._wake_in.recv(4096)
+                continue
+            worker = by_number[number]
+            assert worker.end is not None
+            if event & select.POLLOUT:
+                worker.end.flush()
+            if event & ~select.POLLOUT:
+                for message in worker.end.read():
+                    self._hear(worker, message)
+
+    def _hear(self, worker: _Worker, message: bytes) -> None:
+        try:
+            kind, *parts = unpacked(message)
+        except Exception as error:  # something that only the worker could import
+            reason = f"the answer cannot be read: {type(error).__name__}: {error}"
+            kind, parts = "unread", [" ".join(reason.split())]
+        if kind == "ready":
+            worker.ready, worker.starts = True, 0
+            self._announce()
+        elif kind == "broken":
+            worker.broken = Broken(*parts)
+        elif worker.task is not None:
+            self._finish(worker, kind, parts)
+
+    def _finish(self, worker: _Worker, kind: str, parts: list[Any]) -> None:
+        task = worker.task
+        assert task is not None
+        worker.task, worker.until = None, math.inf
+        if kind == "unread":
+            self._fail(task, worker, parts[0])
+            return
+        evaluations, started, finished, raised = parts
+        self.busy_s += finished - started
+        if raised and self._again(task, "error"):
+            return
+        self._deliver(
+            Done(task.chunk, evaluations, started, finished, worker.name, task.attempts, raised)
+        )
+
+    def _deliver(self, done: Done) -> None:
+        with self._lock:
+            self.open -= 1
+            self.last = time.monotonic()
+        self.done.put(done)
+
+    def _fail(self, task: Task, worker: _Worker, reason: str) -> None:
+        self._deliver(
+            failed_chunk(
+                task.chunk,
+                self._evaluators[task.chunk.evaluator],
+                reason,
+                worker=worker.name,
+                started=task.begun,
+                finished=time.time(),
+                attempts=task.attempts,
+            )
+        )
+
+    def _again(self, task: Task, cause: str) -> bool:
+        """Queues a task once more, before younger ones, if it has retries for this cause left."""
+        task.failures[cause] = task.failures.get(cause, 0) + 1
+        if task.failures[cause] > self._allowed[cause]:
+            return False
+        self.repeats += 1
+        with self._lock:
+            self._tasks.appendleft(task)
+        return True
+
+    # -- deaths and deadlines ---------------------------------------------------------------
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.process is None:
+                if now >= worker.resume_at:
+                    self._start(worker)
+                continue
+            if worker.task is not None and now >= worker.until:
+                worker.late = True
+                self._bury(worker)
+            elif worker.end is None or worker.end.closed or _has_ended(worker.process):
+                if worker.end is not None and not worker.end.closed:
+                    for message in worker.end.read():  # what it said before it ended
+                        self._hear(worker, message)
+                self._bury(worker)
+
+    def _bury(self, worker: _Worker) -> None:
+        """Clears up after a worker, decides about its task and starts another in its place."""
+        code = self._end(worker)
+        task, late, was_ready = worker.task, worker.late, worker.ready
+        worker.task, worker.until, worker.late, worker.ready = None, math.inf, False, False
+        if task is not None:
+            self.deaths += not late
+            self.timeouts += late
+            if not self._again(task, "timeout" if late else "death"):
+                self._fail(task, worker, self._reason(task, late, code))
+        if not was_ready:
+            worker.starts += 1
+            broken = worker.broken or Broken("boot", "", f"the worker {_ending(code)}")
+            # What a worker says of itself would be the same again; a death may be an accident.
+            if not self._announced and (broken.step != "boot" or worker.starts >= FIRST_STARTS):
+                self._announced = True
+                self.opened.put(broken)
+                return
+            if all(other.starts >= STARTS for other in self._workers):
+                raise RuntimeError(f"none can be started any more: {broken.error} {broken.text}")
+            worker.resume_at = time.monotonic() + PAUSE * 2 ** min(worker.starts, 7)
+            return
+        self._start(worker)
+
+    def _reason(self, task: Task, late: bool, code: int) -> str:
+        attempts = f"{task.attempts} attempt{'s' if task.attempts > 1 else ''}"
+        if late:
+            return f"timeout: not done within {self._deadline:g} s, {attempts}"
+        return f"lost: the worker {_ending(code)}, {attempts}"
+
+    # -- processes --------------------------------------------------------------------------
+
+    def _start(self, worker: _Worker) -> None:
+        """A new process in a session of its own: a Ctrl-C goes to the driver alone."""
+        ours, theirs = socket.socketpair()
+        life_in, life_out = os.pipe()
+        paths = [path or os.getcwd() for path in sys.path]
+        try:
+            worker.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", _BOOT, json.dumps(paths)),
+                    *(str(theirs.fileno()), str(life_in), worker.name),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), life_in),
+                env=self._environment,
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+            os.close(life_in)
+        worker.end, worker.pipe, worker.broken = DriverEnd(ours), life_out, None
+        worker.end.send(self._opening)
+
+    def _announce(self) -> None:
+        if not self._announced and all(worker.ready for worker in self._workers):
+            self._announced = True
+            self.opened.put(None)
+
+    def _end(self, worker: _Worker) -> int:
+        """Kills a worker with everything it started; returns its exit status as `Popen` has it."""
+        assert worker.process is not None
+        process, worker.process = worker.process, None
+        # The number belongs to the group as long as its leader was not waited for.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        code = process.wait()
+        os.close(worker.pipe)
+        if worker.end is not None:
+            worker.end.close()
+            worker.end = None
+        return code
+
+    def _end_all(self) -> None:
+        idle = [w for w in self._workers if w.process is not None and w.ready and w.task is None]
+        for worker in idle:
+            assert worker.end is not None
+            worker.end.send(b"")
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and not all(
+            w.process is None or _has_ended(w.process) for w in idle
+        ):
+            time.sleep(0.005)
+        for worker in self._workers:
+            if worker.process is not None:
+                self._end(worker)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended; it stays to be waited for."""
+    try:
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, process.pid, flags) is not None
+    except ChildProcessError:
+        return True
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (out of memory, or killed by hand)" if -code == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
