@@ -38,10 +38,13 @@ __all__ = [
 ]
 
 ALGORITHMS: dict[str, str] = {
+    "eda": "searchlab.algorithms.eda:EDA",
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "local_search": "searchlab.algorithms.local_search:LocalSearch",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
+    "regularised_evolution": "searchlab.algorithms.aging:RegularisedEvolution",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,22 @@ class Jobs:
             bound=None if self.bound is None else self.bound[index],
             origin=tuple(self.origin[i] for i in index) if self.origin else (),
             parents=None if self.parents is None else self.parents[index],
+        )
+
+
+    @staticmethod
+    def concat(parts: Sequence[Jobs]) -> Jobs:
+        """All jobs of the parts, which are of one fidelity, replicate and stage, in order."""
+        first = parts[0]
+        bounds, parents = [part.bound for part in parts], [part.parents for part in parts]
+        return replace(
+            first,
+            ids=np.concatenate([part.ids for part in parts]),
+            population=Population.concat([part.population for part in parts]),
+            keys=tuple(key for part in parts for key in part.keys),
+            bound=None if bounds[0] is None else np.concatenate([b for b in bounds if b is not None]),
+            origin=tuple(text for part in parts for text in part.origin),
+            parents=None if parents[0] is None else np.concatenate([p for p in parents if p is not None]),
         )
 
 
