@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._comparable import comparable
+from searchlab._stage_levels import Levels
 from searchlab.algorithms.base import Told
 from searchlab.config import Answers, Stage
 from searchlab.errors import StudyError
@@ -25,6 +28,7 @@ __all__ = [
     "Group",
     "Known",
     "differences",
+    "jobs_in",
     "of_answer",
     "stage_answers",
     "under_bound",
@@ -47,11 +51,23 @@ class Group:
     entered: int = 0  # rows answered or submitted so far, in order
     voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
     answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
+    levels: Levels | None = None  # None = each job counts as one evaluation
     baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
 
     def __post_init__(self) -> None:
         origin = self.jobs.origin or ("",) * len(self.jobs)
         self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
+
+    @property
+    def price(self) -> float:
+        """What one job of a group that was asked for costs; groups of records may have several."""
+        return 1 if self.levels is None or not len(self.jobs) else float(self.levels.price[0])
+
+    def worth(self, rows: Sequence[int], flags: NDArray[np.bool_]) -> float:
+        """What the flagged ones of some rows cost together."""
+        if self.levels is None:
+            return int(flags.sum())
+        return float(self.levels.price[np.asarray(rows, dtype=np.int64)[flags]].sum())
 
     def answers_until(self, stop: int) -> Told:
         """The answers of the rows that were not told yet, up to `stop`; they are told now."""
@@ -63,6 +79,12 @@ class Group:
             self.losses[rows],
             self.violation[rows],
         )
+
+
+def jobs_in(records: Records) -> set[tuple[bytes | None, int, int]]:
+    """Key, fidelity and replicate of every record."""
+    places = records.fidelity.tolist(), records.replicate.tolist()
+    return set(zip(records.keys, *places, strict=True))
 
 
 class Known:
@@ -97,6 +119,7 @@ class Known:
         self.cost_s = records.cost_s
         self.cached = np.asarray(records.cached, dtype=bool)
         self.state = records.state
+        self.fidelity, self.replicate = records.fidelity, records.replicate
         self.reason = records.reason
         self.row_of = {i: row for row, i in enumerate(records.ids.tolist())}
         ids = np.union1d(records.ids, void_ids)
@@ -170,7 +193,9 @@ def under_bounds(found: dict[bytes, Answer], jobs: Jobs, sign: float) -> dict[by
 def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     """What a stage's records say, for the rule that starts the next stage."""
     records = store.records()
-    known = Known(records.take(np.flatnonzero(records.stage == index)), stage)
+    mine = records.take(np.flatnonzero(records.stage == index))
+    one_each, behind = comparable(mine, stage.fidelity_index)
+    known = Known(one_each.take(np.flatnonzero(~behind)), stage)
     jobs = known.jobs
     return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation)
 

@@ -13,12 +13,15 @@ __all__ = ["Callback", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback hears after every recorded batch; `best` is in the user's sign."""
+    """What a callback hears after every recorded batch; `best` is in the user's sign.
+
+    `paid` is in evaluations at the stage's fidelity: a job of a lower one counts its share.
+    """
 
     stage: str
     issued: int
     finished: int
-    paid: int
+    paid: float
     hits: int
     failed: int
     budget: int | None

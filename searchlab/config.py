@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError, unknown_name
-from searchlab.evaluator import Evaluator, identity_digest
+from searchlab.evaluator import Evaluator, Fidelity, identity_digest
 from searchlab.population import Population
 from searchlab.space import Space
 
@@ -42,9 +43,11 @@ ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
     "local_search": "searchlab.algorithms.local_search:LocalSearch",
+    "paired_race": "searchlab.algorithms.paired_race:PairedRace",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
     "regularised_evolution": "searchlab.algorithms.aging:RegularisedEvolution",
+    "successive_halving": "searchlab.algorithms.halving:SuccessiveHalving",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
@@ -103,11 +106,28 @@ class AlgorithmSpec:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, space: Space, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
-        """The algorithm at the beginning of a stage."""
+    def build(
+        self,
+        space: Space,
+        *,
+        seed: int,
+        first_id: int,
+        seeds: Seeds | None,
+        fidelities: Sequence[Fidelity] = (),
+    ) -> Algorithm:
+        """The algorithm at the beginning of a stage.
+
+        Args:
+            space, seed, first_id, seeds: see `Algorithm`.
+            fidelities: those it may choose among; an algorithm that has an option `fidelities`
+                gets their costs.
+        """
         factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
+        options = dict(self.options)
+        if fidelities and "fidelities" in inspect.signature(factory).parameters:
+            options.setdefault("fidelities", tuple(fidelity.cost for fidelity in fidelities))
         try:
-            return factory(space, seed=seed, first_id=first_id, seeds=seeds, **self.options)
+            return factory(space, seed=seed, first_id=first_id, seeds=seeds, **options)
         except TypeError as error:
             raise ConfigError(f"options of {self.name}: {error}") from None
 
@@ -248,6 +268,16 @@ class Stage:
             )
         return self.fidelity % n
 
+    def build_algorithm(self, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
+        """The algorithm of this stage; it may choose fidelities up to the stage's own."""
+        return self.algorithm.build(
+            self.space,
+            seed=seed,
+            first_id=first_id,
+            seeds=seeds,
+            fidelities=self.evaluator.fidelities[: self.fidelity_index + 1],
+        )
+
 
 def stage_digest(stage: Stage) -> str:
     """Under which values of a stage are shared: the evaluator's identity and the space.
@@ -363,8 +393,8 @@ class SearchConfig:
                 {
                     "name": stage.name,
                     "space": stage.space.fingerprint,
-                    "algorithm": stage.algorithm.build(
-                        stage.space, seed=self.seed, first_id=0, seeds=None
+                    "algorithm": stage.build_algorithm(
+                        seed=self.seed, first_id=0, seeds=None
                     ).settings(),
                     "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
                     "evaluator": stage_digest(stage),

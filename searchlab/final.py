@@ -64,6 +64,7 @@ class Contender:
         selection: mean over the selection replicates; NaN until scored.
         report: one value per report replicate; empty until scored.
         violation: sum of broken outcome constraints in the search; 0 = it meets them all.
+        behind: dropped by a race, so that its value is of fewer replicates than those of others.
     """
 
     population: Population
@@ -75,6 +76,11 @@ class Contender:
     selection: float = float("nan")
     report: tuple[float, ...] = ()
     violation: float = 0.0
+    behind: bool = False
+
+    def rank(self, sign: float) -> tuple[float, ...]:
+        """What the search says of it: lower is better; sign is 1 to minimise, -1 to maximise."""
+        return self.violation, self.behind, sign * self.search, self.id
 
     @property
     def kind(self) -> str:
@@ -94,6 +100,7 @@ def contenders(
     groups: Sequence[int],
     values: NDArray[np.float64],
     violation: NDArray[np.float64] | None = None,
+    behind: NDArray[np.bool_] | None = None,
 ) -> list[Contender]:
     """All successful candidates once; a baseline keeps its name where the search found it again."""
     broken = np.zeros(len(keys)) if violation is None else violation
@@ -110,6 +117,7 @@ def contenders(
             ids[row],
             float(values[row]),
             violation=float(broken[row]),
+            behind=behind is not None and bool(behind[row]),
         )
     return list(best.values())
 
@@ -141,7 +149,7 @@ def plan_final(
     plans = []
     for group in groups:
         here = [c for c in everyone if (c.group <= group if upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: (c.violation, sign * c.search, c.id))
+        ranked = sorted(here, key=lambda c: c.rank(sign))
         finalists = [c for c in ranked if c.kind == "searched"][: final.k]
         chosen: list[Contender] = []
         for kind in sorted({c.kind for c in here} - {"searched"}):

@@ -133,7 +133,7 @@ def prepare(config: SearchConfig, store: Store) -> None:
     from searchlab.evaluator import environment
 
     stage = config.stages[0]
-    stage.algorithm.build(stage.space, seed=config.seed, first_id=0, seeds=stage.seeds)
+    stage.build_algorithm(seed=config.seed, first_id=0, seeds=stage.seeds)
     identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
     store.register_evaluator(stage_digest(stage), identity, environment())
     store.commit()

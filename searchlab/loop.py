@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_levels import LevelRule
 from searchlab._stage_limits import Limits
-from searchlab._stage_records import Group, Known, differences, of_answer, under_bounds, wrong_keys
+from searchlab._stage_progress import hopeless, progress_of
+from searchlab._stage_records import (
+    Group,
+    Known,
+    differences,
+    jobs_in,
+    of_answer,
+    under_bounds,
+    wrong_keys,
+)
 from searchlab.algorithms.base import Algorithm
 from searchlab.callbacks import Callback, Progress
 from searchlab.config import Stage, stage_digest
-from searchlab.errors import EvaluationError, StudyError
+from searchlab.errors import StudyError
 from searchlab.evaluator import losses
-from searchlab.executors.base import Chunk, Done, Executor, usage_of
+from searchlab.executors.base import Chunk, Done, Executor
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import INFEASIBLE, OK, PRUNED, Evaluations, Jobs
 
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Callback", "Progress", "StageRun"]
 
 HOPELESS = 20  # a stage whose first jobs all failed is stopped after this many
+ROUNDING = 1e-9  # of sums of relative costs
 MAX_EMPTY_IDS = 256  # consecutive void ids (whole groups): the space is taken as exhausted
 
 
@@ -86,24 +97,26 @@ class StageRun:
         self._repeats = self.algorithm.repeats == "allow"
         self._waiting: dict[bytes, list[int]] = {}
         self._broken: dict[bytes, tuple[int, str]] = {}
-        self._own_keys: set[bytes] = set()
-        self._next_id = self.first_id
+        self._own_jobs: set[tuple[bytes | None, int, int]] = set()
+        self.next_id = self.first_id
         self._open = 0
-        self._open_paid = 0
         self._empty_ids = 0
-        self._fidelity = self.stage.fidelity_index
+        self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._constraints = constraints_of(self.stage.evaluator)
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._limits = Limits(self.stage)
         self._planned: dict[int, int] = {}  # when free: what open groups were told
-        self.paid = self.hits = self.finished = self.failed = 0
-        self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
+        self.hits = self.finished = self.failed = 0
+        self.paid: float = 0  # in evaluations at the stage's fidelity, as are the next two
+        self._open_paid: float = 0  # in flight
+        self._free_hits: float = 0  # hits that may count in the budget
+        self.repeated = 0  # and those that do
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
-        self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
+        self.sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
 
     # -- running ----------------------------------------------------------------------------
 
@@ -114,7 +127,7 @@ class StageRun:
             EvaluationError: the first jobs failed one and all.
         """
         known = self._load()
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._limits.begin()
         try:
             while True:
@@ -127,14 +140,13 @@ class StageRun:
             self.stop_reason = "interrupted"
         finally:
             self.store.commit()
-        return self._next_id
+        return self.next_id
 
     def _load(self) -> Known:
         records = self.store.records()
         # What this and later stages have recorded came after the jobs that are missing here: it
         # must not make them free, or the budget would reach further than it did at first.
-        later = np.flatnonzero(records.stage >= self.index)
-        self._own_keys = {key for i in later.tolist() if (key := records.keys[i])}
+        self._own_jobs = jobs_in(records.take(np.flatnonzero(records.stage >= self.index)))
         known = Known(records.take(np.flatnonzero(records.stage == self.index)), self.stage)
         self.algorithm.issue(known.jobs.ids, known.jobs.keys)
         if self._repeats:
@@ -154,7 +166,7 @@ class StageRun:
                 if not self._enter(self._partial, known):
                     return
                 continue
-            start, q = self._next_id, self._q
+            start, q = self.next_id, self._q
             need = self._told_for(start, known)
             if not self._answered_below(need):
                 return
@@ -168,10 +180,8 @@ class StageRun:
             self._tell_below(need)
             if self.free and not self.recompute:
                 self._planned[start] = need - self.first_id
-            jobs = replace(
+            jobs = self._levels.set(
                 self.algorithm.ask(start, q),
-                fidelity=self._fidelity,
-                replicate=self.replicate,
                 stage=self.index,
                 told_at_ask=max(0, need - self.first_id),
             )
@@ -200,7 +210,7 @@ class StageRun:
         self.stop_reason = self._limits.reached(self.best.values())
         if self.stop_reason:
             return False
-        if self._left() > 0 or self._baselines_in(self._next_id, q):
+        if self._left() > ROUNDING or self._baselines_in(self.next_id, q):
             return True
         if not self._open:
             self.stop_reason = "budget"
@@ -217,6 +227,10 @@ class StageRun:
             return np.inf
         hits = self._free_hits if budget.includes_hits else 0
         return budget.evaluations - self.paid - self._open_paid - self.repeated - hits
+
+    def _affordable(self, group: Group) -> float:
+        """How many more jobs of a group the budget has room for."""
+        return max(0.0, self._left() + ROUNDING) / group.price
 
     def _baselines_in(self, first_id: int, n: int) -> int:
         start = first_id - self.first_id
@@ -237,10 +251,11 @@ class StageRun:
             np.zeros(n, dtype=bool),
             voids=deque(i for i in void if i not in known.void_set),
             answers=self._paid_elsewhere(jobs, known),
+            levels=self._levels.of(jobs),
         )
         self._empty_ids = 0 if n else self._empty_ids + self._q
         self._groups.append(group)
-        self._next_id = end_id
+        self.next_id = end_id
         self._enter(group, known)
 
     def _paid_elsewhere(self, jobs: Jobs, known: Known) -> dict[bytes, Answer]:
@@ -251,24 +266,25 @@ class StageRun:
         if not self._exact:
             return {}
         rows = zip(jobs.ids.tolist(), jobs.keys, strict=True)
+        place, own = (jobs.fidelity, jobs.replicate), self._own_jobs
         keys = [
             key
             for i, key in rows
-            if not (i in known.row_of or key in self._own_keys or self._is_repeat(key, i))
+            if not (i in known.row_of or (key, *place) in own or self._is_repeat(key, i))
         ]
         if not keys:
             return {}
-        found = self._lookup(keys, other_runs=self.other_runs, stage=None)
-        return under_bounds(found, jobs, self._sign) if self._prunes else found
+        found = self._lookup(keys, place, other_runs=self.other_runs, stage=None)
+        return under_bounds(found, jobs, self.sign) if self._prunes else found
 
     def _lookup(
-        self, keys: list[bytes], *, other_runs: bool, stage: int | None
+        self, keys: list[bytes], place: tuple[int, int], *, other_runs: bool, stage: int | None
     ) -> dict[bytes, Answer]:
         return self.store.lookup(
             keys,
             evaluator=self._digest,
-            fidelity=self._fidelity,
-            replicate=self.replicate,
+            fidelity=place[0],
+            replicate=place[1],
             other_runs=other_runs,
             stage=stage,
             pruned=self._prunes,
@@ -290,7 +306,7 @@ class StageRun:
                 free = key in group.answers and not repeat
                 if free and not self.stage.budget.includes_hits:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
-                elif self._left() <= 0 and not group.baseline[row]:
+                elif self._affordable(group) < 1 and not group.baseline[row]:
                     break
                 elif free:
                     self._record(group, [row], of_answer(group.answers[key]), cached=True)
@@ -305,7 +321,7 @@ class StageRun:
                     fresh.append(row)
                     self._by_id[i] = group, row
                     self._open += 1
-                    self._open_paid += not group.baseline[row]
+                    self._open_paid += 0 if group.baseline[row] else group.price
                     if self._repeats:
                         self._waiting[key] = []
             group.entered += 1
@@ -323,8 +339,8 @@ class StageRun:
         """The rows of a group of which nothing is known, as far as the budget goes, all at once."""
         if self._repeats or group.answers or group.baseline.any() or known.last >= group.first_id:
             return []
-        start, left = group.entered, self._left()
-        stop = int(min(len(group.jobs), start + max(0, left)))
+        start = group.entered
+        stop = int(min(len(group.jobs), start + self._affordable(group)))
         fresh = list(range(start, stop))
         self._by_id.update(
             (i, (group, row))
@@ -333,7 +349,7 @@ class StageRun:
         if stop > start:
             self._record_voids(group, int(group.jobs.ids[stop - 1]))
         self._open += len(fresh)
-        self._open_paid += len(fresh)
+        self._open_paid += group.price * len(fresh)
         group.entered = stop
         return fresh
 
@@ -368,7 +384,8 @@ class StageRun:
             answer = Evaluations.failed(1, self._m, reason)
             answer.state = np.array([state], np.int8)
             return answer
-        found = self._lookup([key], other_runs=False, stage=self.index)
+        place = self._levels.fidelity, self.replicate
+        found = self._lookup([key], place, other_runs=False, stage=self.index)
         return of_answer(found[key]) if key in found else None
 
     def _submit(self, group: Group, fresh: list[int]) -> None:
@@ -412,29 +429,11 @@ class StageRun:
             self._note_planned()
         self.store.commit()
         if self.callbacks:
-            progress = Progress(
-                self.stage.name,
-                self._next_id - self.first_id,
-                self.finished,
-                self.paid,
-                self.hits,
-                self.failed,
-                self.stage.budget.evaluations,
-                time.monotonic() - self._started,
-                {group: self._sign * loss for group, loss in self.best.items()},
-                tuple(finished),
-                None if self.executor is None else usage_of(self.executor),
-            )
+            progress = progress_of(self, finished)
             for callback in self.callbacks:
                 callback(progress)
         if self.finished >= HOPELESS and self.failed == self.finished:
-            reason = next(
-                (r for done in finished for r in done.evaluations.reason or () if r), "no reason"
-            )
-            raise EvaluationError(
-                f"the first {self.finished} evaluations of stage {self.stage.name!r} all failed, "
-                f"the last with: {reason}"
-            )
+            raise hopeless(self, finished)
 
     def _finish(self, done: Done) -> None:
         jobs = done.chunk.jobs
@@ -447,7 +446,7 @@ class StageRun:
             rows.append(row)
             keep.append(position)
             self._open -= 1
-            self._open_paid -= not group.baseline[row]
+            self._open_paid -= 0 if group.baseline[row] else group.price
         if not rows:
             return
         whole = keep == list(range(len(done.evaluations)))
@@ -511,13 +510,15 @@ class StageRun:
         self.hits += int(cached.sum())
         self._limits.spend(cost_s[~cached])
         own = ~group.baseline[rows]
-        self.paid += int((own & ~cached & (state != INFEASIBLE)).sum())
+        self.paid += group.worth(rows, own & ~cached & (state != INFEASIBLE))
         for at in np.flatnonzero(own & cached).tolist():
             if self._is_repeat(jobs.keys[rows[at]], int(jobs.ids[rows[at]])):
                 self.repeated += 1
             else:
-                self._free_hits += 1
+                self._free_hits += group.worth(rows[at : at + 1], np.array([True]))
         good = np.asarray(rows, dtype=np.int64)[(state == OK) & (group.violation[rows] == 0)]
+        if group.levels is not None:
+            good = good[group.levels.counts[good]]
         if not len(good):
             return
         found = group.losses[good, 0]
@@ -539,7 +540,7 @@ class StageRun:
         told = self._planned.get(start) if told is None else told
         if told is not None:
             return self.first_id + told
-        done = self._next_id
+        done = self.next_id
         for group in self._groups:
             if not group.done.all():
                 done = int(group.jobs.ids[np.argmin(group.done)])
@@ -553,7 +554,7 @@ class StageRun:
 
     def _note_planned(self) -> None:
         """Keeps what open groups were told, so that a killed run asks for them in the same way."""
-        end = next((g.first_id for g in self._groups if not g.done.all()), self._next_id)
+        end = next((g.first_id for g in self._groups if not g.done.all()), self.next_id)
         self._planned = {start: told for start, told in self._planned.items() if start >= end}
         self.store.set_meta(self._asked_name, self._planned)
 
@@ -578,7 +579,7 @@ class StageRun:
 
     def _take_known(self, known: Known, end: int) -> None:
         """Enters whole groups that records answer, without asking for them again."""
-        start = self._next_id
+        start = self.next_id
         rows = np.flatnonzero((known.jobs.ids >= start) & (known.jobs.ids < end))
         group = Group(
             known.jobs.take(rows),
@@ -587,9 +588,10 @@ class StageRun:
             known.losses[rows],
             known.violation[rows],
             np.ones(len(rows), dtype=bool),
+            levels=self._levels.each(known.fidelity[rows], known.replicate[rows]),
         )
         self._groups.append(group)
-        self._next_id = end
+        self.next_id = end
         if len(rows):
             last = int(group.jobs.ids[-1])
             self._empty_ids = (end - start - 1 - (last - start)) // self._q * self._q

@@ -135,20 +135,19 @@ class Jobs:
             parents=None if self.parents is None else self.parents[index],
         )
 
-
     @staticmethod
     def concat(parts: Sequence[Jobs]) -> Jobs:
         """All jobs of the parts, which are of one fidelity, replicate and stage, in order."""
-        first = parts[0]
-        bounds, parents = [part.bound for part in parts], [part.parents for part in parts]
+        bounds = [part.bound for part in parts if part.bound is not None]
+        parents = [part.parents for part in parts if part.parents is not None]
         return replace(
-            first,
+            parts[0],
             ids=np.concatenate([part.ids for part in parts]),
             population=Population.concat([part.population for part in parts]),
             keys=tuple(key for part in parts for key in part.keys),
-            bound=None if bounds[0] is None else np.concatenate([b for b in bounds if b is not None]),
+            bound=np.concatenate(bounds) if bounds else None,
             origin=tuple(text for part in parts for text in part.origin),
-            parents=None if parents[0] is None else np.concatenate([p for p in parents if p is not None]),
+            parents=np.concatenate(parents) if parents else None,
         )
 
 

@@ -44,7 +44,7 @@ class ProgressLine:
         speed = (progress.finished - self._from[1]) / seconds
         parts = [f"{progress.stage}: {progress.finished} evaluated"]
         if progress.budget:
-            parts[0] += f" ({progress.paid} of {progress.budget})"
+            parts[0] += f" ({progress.paid:.6g} of {progress.budget})"
             left = max(0, progress.budget - progress.paid)
             if speed > 0:
                 parts.append(f"{_clock(left / speed)} left")

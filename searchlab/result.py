@@ -79,7 +79,7 @@ class Result:
     objective: Objective
     groups: list[GroupResult]
     group_by: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     curve: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     alpha: float = 0.05
     meta: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._comparable import comparable, paid_below
 from searchlab._repeat import measure_repeat
 from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
@@ -142,7 +143,7 @@ def build_algorithm(
             Population.concat([seeds.population, adopted.population]),
             (*seeds.origin, *adopted.origin),
         )
-    return stage.algorithm.build(stage.space, seed=config.seed, first_id=first_id, seeds=seeds)
+    return stage.build_algorithm(seed=config.seed, first_id=first_id, seeds=seeds)
 
 
 def run(
@@ -275,7 +276,9 @@ def collect(config: SearchConfig, store: Store) -> Result:
         if stage_digest(stage) == digest
         and stage.fidelity_index == len(stage.evaluator.fidelities) - 1
     ]
-    part = records.take(np.flatnonzero(np.isin(records.stage, same) & (records.state == OK)))
+    top = len(last.evaluator.fidelities) - 1
+    part, behind = comparable(records.take(np.flatnonzero(np.isin(records.stage, same))), top)
+    part, behind = part.take(np.flatnonzero(part.state == OK)), behind[part.state == OK]
     everyone: list[Contender] = []
     curve: dict[int, list[tuple[int, float]]] = {}
     if len(part):
@@ -284,15 +287,15 @@ def collect(config: SearchConfig, store: Store) -> Result:
         keys = [key or b"" for key in part.keys]
         ids, values = part.ids.tolist(), part.values[:, 0]
         broken = violation(part.constraints, constraints_of(last.evaluator))
-        everyone = contenders(population, keys, part.origin, ids, groups, values, broken)
-        allowed = np.where(broken == 0, values, np.nan)
+        everyone = contenders(population, keys, part.origin, ids, groups, values, broken, behind)
+        allowed = np.where((broken == 0) & ~behind, values, np.nan)
         curve = curve_of(ids, groups, allowed.tolist(), sign)
     found_groups = sorted({contender.group for contender in everyone})
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
         here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: (c.violation, sign * c.search, c.id))
+        ranked = sorted(here, key=lambda c: c.rank(sign))
         searched = [c for c in ranked if c.kind == "searched"]
         baselines = [
             next(c for c in ranked if c.kind == kind)
@@ -302,13 +305,16 @@ def collect(config: SearchConfig, store: Store) -> Result:
     stage_of_search = records.stage < FINAL_STAGE
     known = np.array([origin.startswith("baseline") for origin in records.origin], dtype=bool)
     paid = stage_of_search & ~records.cached & (records.state <= 2)
-    counts = {
+    counts: dict[str, float] = {
         "evaluations": int((paid & ~known).sum()),
         "baseline_evaluations": int((paid & known).sum()),
         "hits": int((stage_of_search & records.cached).sum()),
         "failed": int((stage_of_search & (records.state == 1)).sum()),
         "final": int((~stage_of_search & ~records.cached & (records.state <= 2)).sum()),
     }
+    cheaper, cost = paid_below(records, config.stages)
+    if cheaper:
+        counts.update(at_lower_fidelities=cheaper, worth_full_evaluations=round(cost, 3))
     meta: dict[str, Any] = {
         "seed": config.seed,
         "recipe": config.recipe,

@@ -88,9 +88,7 @@ class RegularisedEvolution(Algorithm):
         if not len(rows):
             return
         keep = slice(max(0, len(self._ids) + len(rows) - self.population), None)
-        self._members = Population.concat(
-            [self._members.take(keep), told.population.take(rows)]
-        )
+        self._members = Population.concat([self._members.take(keep), told.population.take(rows)])
         self._ids = np.concatenate([self._ids[keep], told.ids[rows]])
         new = np.column_stack([told.violation[rows], told.losses[rows, 0]])
         self._rank = np.concatenate([self._rank[keep], new])
@@ -122,7 +120,5 @@ class RegularisedEvolution(Algorithm):
         return Draw(
             Population.concat([sampled, children]),
             origin,
-            np.concatenate(
-                [no_parents(len(sampled)), np.column_stack([self._ids[chosen]] * 2)]
-            ),
+            np.concatenate([no_parents(len(sampled)), np.column_stack([self._ids[chosen]] * 2)]),
         )

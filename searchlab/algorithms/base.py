@@ -73,6 +73,9 @@ class Algorithm:
     random state, so a state is rebuilt by one bulk `tell` (`tell(a + b)` equals `tell(a)` then
     `tell(b)`) and `issue` of the keys. Subclasses write `_draw` and `_learn`.
 
+    An algorithm with `levels` chooses the fidelity and the replicate of its jobs, one of each per
+    ask group; such a group is always asked for as a whole. The others leave both to the stage.
+
     Args:
         space: where candidates come from.
         seed: the run's seed.
@@ -83,6 +86,7 @@ class Algorithm:
     """
 
     name: ClassVar[str] = ""
+    levels: ClassVar[bool] = False
     quantum: int = 1
     max_lag: int | None = None
 

@@ -74,7 +74,8 @@ class _Coder:
         codes = (u[:, :, None] >= edges[None, :, :-1]).sum(axis=2)
         if isinstance(variable, Integer):
             codes = variable.low + codes * variable.step
-        return codes.astype(variable.dtype).reshape(n, *variable.shape)
+        drawn: NDArray[Any] = codes.astype(variable.dtype).reshape(n, *variable.shape)
+        return drawn
 
 
 class EDA(Algorithm):
@@ -223,7 +224,9 @@ class EDA(Algorithm):
 
 def _coder(key: str, variable: Variable) -> _Coder:
     if isinstance(variable, Subset):
-        return _Coder(variable, variable.size // variable.n, variable.n, min(2 * variable.k, variable.n))
+        return _Coder(
+            variable, variable.size // variable.n, variable.n, min(2 * variable.k, variable.n)
+        )
     if isinstance(variable, Choice):
         width = len(variable.labels)
     elif isinstance(variable, Integer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def _switched() -> Space:
 
 
 class TestEDA(AlgorithmSuite):
-    kinds = {"plain": SPACES["plain"], "budgeted": SPACES["budgeted"], "switched": _switched}
+    kinds: ClassVar = {k: SPACES[k] for k in ("plain", "budgeted")} | {"switched": _switched}
 
     @pytest.fixture
     def build(self) -> Build:
@@ -197,9 +197,7 @@ def test_first_improvement_moves_on_at_once_and_best_improvement_waits() -> None
             jobs = algorithm.ask(i, 1)
             assert jobs.parents is not None
             told[i] = float(loss(jobs.population["x"])[0])
-            algorithm.tell(
-                Told(jobs.ids, jobs.population, np.array([[told[i]]]), np.zeros(1))
-            )
+            algorithm.tell(Told(jobs.ids, jobs.population, np.array([[told[i]]]), np.zeros(1)))
             if jobs.origin == ("neighbour",):
                 centres.append(int(jobs.parents[0, 0]))
         if steps is None:  # every proposal is around the best that was known then
@@ -225,7 +223,9 @@ def test_a_climb_that_ends_starts_again(improvement: Any) -> None:
         origins += jobs.origin
         flat = Told(jobs.ids, jobs.population, np.ones((len(jobs), 1)), np.zeros(len(jobs)))
         algorithm.tell(flat)
-    starts = [i for i in range(1, len(origins)) if origins[i - 1 : i + 1] == ["neighbour", "random"]]
+    starts = [
+        i for i in range(1, len(origins)) if origins[i - 1 : i + 1] == ["neighbour", "random"]
+    ]
     assert len(starts) >= 5
 
 
