@@ -55,7 +55,8 @@ class Contender:
     """A candidate that the final may score, with all its values.
 
     Attributes:
-        population: one row.
+        among: the population that holds the candidate.
+        row: its row there.
         key: canonical key.
         origin: where it came from ("baseline:NAME", "vary", ...).
         group: value of the grouping cost, 0 without one.
@@ -67,7 +68,8 @@ class Contender:
         behind: dropped by a race, so that its value is of fewer replicates than those of others.
     """
 
-    population: Population
+    among: Population
+    row: int
     key: bytes
     origin: str
     group: int
@@ -81,6 +83,11 @@ class Contender:
     def rank(self, sign: float) -> tuple[float, ...]:
         """What the search says of it: lower is better; sign is 1 to minimise, -1 to maximise."""
         return self.violation, self.behind, sign * self.search, self.id
+
+    @property
+    def population(self) -> Population:
+        """The candidate alone."""
+        return self.among.take(slice(self.row, self.row + 1))
 
     @property
     def kind(self) -> str:
@@ -103,20 +110,22 @@ def contenders(
     behind: NDArray[np.bool_] | None = None,
 ) -> list[Contender]:
     """All successful candidates once; a baseline keeps its name where the search found it again."""
-    broken = np.zeros(len(keys)) if violation is None else violation
+    found = values.tolist()
+    bad = [0.0] * len(keys) if violation is None else violation.tolist()
     best: dict[bytes, Contender] = {}
     for row, key in enumerate(keys):
         known = best.get(key)
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population.take(slice(row, row + 1)),
+            population,
+            row,
             key,
             origin[row],
             groups[row],
             ids[row],
-            float(values[row]),
-            violation=float(broken[row]),
+            found[row],
+            violation=bad[row],
             behind=behind is not None and bool(behind[row]),
         )
     return list(best.values())

@@ -109,10 +109,10 @@ class StageRun:
         self._limits = Limits(self.stage)
         self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.hits = self.finished = self.failed = 0
-        self.paid: float = 0  # in evaluations at the stage's fidelity, as are the next two
-        self._open_paid: float = 0  # in flight
-        self._free_hits: float = 0  # hits that may count in the budget
-        self.repeated = 0  # and those that do
+        self.paid: float = 0  # in evaluations at the stage's fidelity; then, those in flight
+        self._open_paid: float = 0
+        self._free_hits: float = 0  # hits that may count; `repeated` ones do
+        self.repeated = 0
         self.best: dict[int, float] = {}
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
