@@ -272,9 +272,7 @@ class StageRun:
             for i, key in rows
             if not (i in known.row_of or (key, *place) in own or self._is_repeat(key, i))
         ]
-        if not keys:
-            return {}
-        found = self._lookup(keys, place, other_runs=self.other_runs, stage=None)
+        found = self._lookup(keys, place, other_runs=self.other_runs, stage=None) if keys else {}
         return under_bounds(found, jobs, self.sign) if self._prunes else found
 
     def _lookup(

@@ -23,7 +23,9 @@ __all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_
 RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
     "command": "searchlab.experiments.command:RECIPE",
+    "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
+    "table": "searchlab.experiments.table:RECIPE",
 }
 ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
 

@@ -28,7 +28,7 @@ class ParentRule:
         kind: "power" draws rank floor(mu * u**2) of the best mu; "rank" draws uniformly among the
             best mu; "threshold" draws uniformly among those (at most `limit`) whose loss is within
             `margin` of the best.
-        mu: how many; None = 8 + floor(told / 250), at most 40. It depends on what was told, never
+        mu: how many; None = 6 + floor(told / 250), at most 40. It depends on what was told, never
             on the budget, so that a longer run continues a shorter one.
         margin: for "threshold", in the objective's unit.
         limit: the largest pool that is kept.
@@ -46,7 +46,7 @@ class ParentRule:
             raise ConfigError(f"mu {self.mu}; allowed: 1 to {self.limit}")
 
     def count(self, told: int) -> int:
-        return self.mu if self.mu is not None else min(self.limit, 8 + told // 250)
+        return self.mu if self.mu is not None else min(self.limit, 6 + told // 250)
 
 
 @dataclass
@@ -88,8 +88,8 @@ class _Pool:
 class Evolution(Algorithm):
     """Steady-state evolution with rank-based parents and certain mutation.
 
-    The default was measured on hidden strings, NK landscapes and NAS-Bench-201: 16 random starts,
-    parents from the best 8 to 40, crossover .8, one sure mutation. Published presets set `parents`,
+    The default was measured on hidden strings, NK landscapes and NAS-Bench-201: 8 random starts,
+    parents from the best 6 to 40, crossover .8, one sure mutation. Published presets set `parents`,
     `variation`, `n_random` and `repeats` to what their authors ran.
 
     Args:
@@ -118,7 +118,7 @@ class Evolution(Algorithm):
         first_id: int = 0,
         seeds: Seeds | None = None,
         repeats: Literal["redraw", "allow"] = "redraw",
-        n_random: int = 16,
+        n_random: int = 8,
         parents: ParentRule | None = None,
         variation: Variation | None = None,
         niche: str | None = None,
