@@ -119,11 +119,11 @@ def _column(frame: pd.DataFrame, name: str, kind: Kind) -> tuple[Variable, NDArr
         variable = Integer(distinct[0], distinct[-1], step=step)
         return variable, np.array(plain).astype(variable.dtype)
     try:
-        labels = sorted(set(plain))
+        values = sorted(set(plain))
     except TypeError:
-        labels = sorted(set(plain), key=lambda value: (type(value).__name__, str(value)))
-    place = {label: code for code, label in enumerate(labels)}
-    choice = Choice(tuple(labels))
+        values = sorted(set(plain), key=lambda value: (type(value).__name__, str(value)))
+    place = {label: code for code, label in enumerate(values)}
+    choice = Choice(tuple(values))
     return choice, np.array([place[value] for value in plain]).astype(choice.dtype)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ TABLE = "kind,depth,quick,acc\n" + "".join(
     for depth in range(10)
 )
 OPTIONS = ["--variables", "kind", "--variables", "depth", "--objective", "acc:max"]
+RUN = ["run", "table", "--file", "t.csv", *OPTIONS, "--quiet"]
 
 
 @pytest.fixture
@@ -39,8 +42,7 @@ def test_a_table_is_searched(
 ) -> None:
     text = out_of(
         capsys,
-        ["run", "table", "--file", "t.csv", *OPTIONS, "--budget", "40", "--quiet"]
-        + ["--algorithm", algorithm, "--name", "one"],
+        [*RUN, "--budget", "40", "--algorithm", algorithm, "--name", "one"],
     )
     assert "evaluations 40" in text
     result = json.loads((folder / "runs/one/result.json").read_text())
@@ -57,8 +59,7 @@ def test_fidelities_of_a_table_are_climbed(
     levels = ["--fidelity", "quick:quick:0.1", "--fidelity", "full:acc:1"]
     text = out_of(
         capsys,
-        ["run", "table", "--file", "t.csv", *OPTIONS, *levels, "--budget", "8", "--quiet"]
-        + ["--algorithm", "successive_halving"],
+        [*RUN, *levels, "--budget", "8", "--algorithm", "successive_halving"],
     )
     assert "at lower fidelities" in text
     assert "worth full evaluations" in text
@@ -70,7 +71,7 @@ def test_fidelities_of_a_table_are_climbed(
 def test_a_table_that_changed_is_another_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["run", "table", "--file", "t.csv", *OPTIONS, "--budget", "5", "--quiet"]
+    arguments = [*RUN, "--budget", "5"]
     out_of(capsys, arguments)
     (folder / "t.csv").write_text(TABLE.replace("a,0,0,0", "a,0,0,1"))
     capsys.readouterr()
@@ -103,5 +104,16 @@ def test_nasbench201_needs_its_folder(
 ) -> None:
     monkeypatch.delenv("SEARCHLAB_DATA", raising=False)
     assert "SEARCHLAB_DATA" in out_of(capsys, ["run", "nasbench201"], code=2)
-    with pytest.raises(ConfigError, match="known: .*local_search"):
+    with pytest.raises(ConfigError, match=r"known: .*local_search"):
         NASBench201Options(algorithm="listed")
+
+
+def test_the_command_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/algorithms/tables.md").read_text()
+    block = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    exec(block, {"__name__": "page"})  # writes the table
+    (command,) = re.findall(
+        r"^searchlab (run table .*?)\nsearchlab", page, re.MULTILINE | re.DOTALL
+    )
+    text = out_of(capsys, [*shlex.split(command.replace("\\\n", " ")), "--quiet"])
+    assert "evaluations 60" in text
