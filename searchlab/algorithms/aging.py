@@ -97,28 +97,29 @@ class RegularisedEvolution(Algorithm):
         start = self.first_id + len(self.seeds.population) + self.population
         random = (ids < start) | (not len(self._ids))
         rest = u[:, self.tournament :]
+        if not random.any():
+            return self._children(u, rest, strength)
         sampled = self.space.sample(rest[random, : self.space.sample_width])
+        draw = Draw(sampled, ["random"] * len(sampled), no_parents(len(sampled)))
         if random.all():
-            return Draw(sampled, ["random"] * len(ids), no_parents(len(ids)))
-        picks = (u[~random, : self.tournament] * len(self._ids)).astype(np.int64)
-        places = np.empty(len(self._ids), dtype=np.int64)  # 0 = the best; ties go to the newest
-        places[np.lexsort((-self._ids, self._rank[:, 1], self._rank[:, 0]))] = np.arange(
-            len(self._ids)
+            return draw
+        varied = self._children(u[~random], rest[~random], strength)
+        # Ids increase, so the random ones come first.
+        return Draw(
+            Population.concat([sampled, varied.population]),
+            [*draw.origin, *varied.origin],
+            np.concatenate([draw.parents, varied.parents]),
         )
+
+    def _children(self, u: NDArray[np.float64], rest: NDArray[np.float64], strength: float) -> Draw:
+        picks = (u[:, : self.tournament] * len(self._ids)).astype(np.int64)
+        places = np.empty(len(self._ids), dtype=np.int64)  # 0 = the best; ties go to the newest
+        order = np.lexsort((-self._ids, self._rank[:, 1], self._rank[:, 0]))
+        places[order] = np.arange(len(self._ids))
         chosen = picks[np.arange(len(picks)), np.argmin(places[picks], axis=1)]
         parents = self._members.take(chosen)
         variation = self.variation if strength == 1.0 else self._wilder
-        children = variation.vary(
-            self.space,
-            parents,
-            parents,
-            rest[~random, : variation.width(self.space)],
-            strength=strength,
-        )
-        origin = ["random"] * int(random.sum()) + ["vary"] * len(children)
-        # Ids increase, so the random ones come first.
-        return Draw(
-            Population.concat([sampled, children]),
-            origin,
-            np.concatenate([no_parents(len(sampled)), np.column_stack([self._ids[chosen]] * 2)]),
-        )
+        block = rest[:, : variation.width(self.space)]
+        children = variation.vary(self.space, parents, parents, block, strength=strength)
+        ids = self._ids[chosen]
+        return Draw(children, ["vary"] * len(children), np.column_stack([ids, ids]))
