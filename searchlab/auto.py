@@ -7,7 +7,7 @@ what was settled, with the reason, from its own record. The same holds for the n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "AUTO",
     "BaselineRule",
     "Chosen",
+    "check_baselines",
     "choose",
     "chosen_for",
     "kept_baselines",
@@ -87,13 +88,16 @@ def choose(
             AlgorithmSpec("successive_halving"), f"{many} and {fidelities} fidelities to rank by"
         )
     what = _kinds(space)
-    race = {"race": True} if prunes else {}
-    early = ", and the evaluator stops early" if prunes else ""
+    reason = f"{many} of {what}"
     if evaluations is not None and evaluations <= MEDIUM:
         if registered("guided"):
-            return Chosen(AlgorithmSpec("guided", race), f"{many} of {what}{early}")
-        early += "; no predictor is installed"
-    return Chosen(AlgorithmSpec("evolution", race), f"{many} of {what}{early}")
+            return Chosen(AlgorithmSpec("guided"), reason)
+        reason += ", without a predictor"
+    if prunes:
+        return Chosen(
+            AlgorithmSpec("evolution", {"race": True}), f"{reason}; the evaluator can stop early"
+        )
+    return Chosen(AlgorithmSpec("evolution"), reason)
 
 
 def chosen_for(stage: Stage) -> Chosen:
@@ -149,6 +153,18 @@ def parse_baselines(text: str) -> BaselineRule:
     return names
 
 
+def check_baselines(rule: BaselineRule, origins: Sequence[str]) -> None:
+    """Raises ConfigError for a rule that is none, or a name that no baseline has."""
+    if not isinstance(rule, tuple):
+        if rule not in ("auto", "all", "none"):
+            raise ConfigError(f"baselines {rule!r}; allowed: auto, all, none or a tuple of names")
+        return
+    names = [text.partition(":")[2] for text in origins if text.startswith("baseline")]
+    for name in rule:
+        if name not in names:
+            raise unknown_name("baseline", name, names)
+
+
 def kept_baselines(seeds: Seeds, rule: BaselineRule, limit: int | None) -> Seeds:
     """The seeds without the baselines that a rule leaves out; other seeds stay.
 
@@ -156,18 +172,12 @@ def kept_baselines(seeds: Seeds, rule: BaselineRule, limit: int | None) -> Seeds
         seeds: baselines have an origin "baseline:NAME" or "baseline-KIND:NAME".
         rule: see `Stage`.
         limit: how many baselines "auto" keeps, from the front; None = all.
-
-    Raises:
-        ConfigError: a name that no baseline has.
     """
     from searchlab.algorithms.base import Seeds
 
     at = [i for i, text in enumerate(seeds.origin) if text.startswith("baseline")]
     names = {i: seeds.origin[i].partition(":")[2] for i in at}
     if isinstance(rule, tuple):
-        for name in rule:
-            if name not in names.values():
-                raise unknown_name("baseline", name, names.values())
         kept = {i for i in at if names[i] in rule}
     elif rule == "auto":
         kept = set(at if limit is None else at[:limit])
@@ -196,7 +206,7 @@ def settled(config: SearchConfig, store: Store | None = None) -> SearchConfig:
         store: the run; keeps what is settled when it is opened. None = as a new run would be.
 
     Raises:
-        ConfigError: options for `auto`, or unknown names of baselines.
+        ConfigError: options for `auto`.
         StudyError: the settled algorithm has other settings by now.
     """
     kept: dict[str, dict[str, Any]] = (store.get_meta(_META) if store is not None else None) or {}

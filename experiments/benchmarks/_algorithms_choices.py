@@ -1,7 +1,7 @@
 """Part "choices": a hidden string, an interacting landscape, and what a proposal costs late.
 
 Evaluations are counted up to the first candidate that is the hidden string, one evaluation after
-another (lag 1), or with 16 open at once by the engine's rule. The peers run with their own settings:
+another (lag 1), or with 16 open at once by the engine's rule. The peers have their own settings:
 Optuna's NSGA-II with categorical suggestions, pymoo's GA rounded to integers.
 """
 
