@@ -59,7 +59,7 @@ def choose(
     *,
     evaluations: int | None,
     objectives: int = 1,
-    fidelities: int = 1,
+    fidelities: Sequence[float] = (1.0,),
     prunes: bool = False,
     registered: Callable[[str], bool] | None = None,
 ) -> Chosen:
@@ -69,7 +69,7 @@ def choose(
         space: what varies.
         evaluations: the budget; None = it is limited in another way.
         objectives: how many.
-        fidelities: how many the evaluator has.
+        fidelities: relative costs of those that candidates may be measured at, cheapest first.
         prunes: the evaluator stops early where a bound allows it.
         registered: whether an algorithm of a name exists; the registry by default.
     """
@@ -83,10 +83,10 @@ def choose(
         return Chosen(AlgorithmSpec(name), f"{objectives} objectives")
     if (reals := _reals(space)) >= 2:
         return Chosen(AlgorithmSpec("cma"), f"one objective over {reals} real coordinates")
-    if evaluations is not None and evaluations <= SMALL and fidelities >= 2:
-        return Chosen(
-            AlgorithmSpec("successive_halving"), f"{many} and {fidelities} fidelities to rank by"
-        )
+    if evaluations is not None and evaluations <= SMALL and len(fidelities) >= 2:
+        options = {"fidelities": list(fidelities)}
+        reason = f"{many} and {len(fidelities)} fidelities to rank by"
+        return Chosen(AlgorithmSpec("successive_halving", options), reason)
     what = _kinds(space)
     reason = f"{many} of {what}"
     if evaluations is not None and evaluations <= MEDIUM:
@@ -103,12 +103,14 @@ def choose(
 def chosen_for(stage: Stage) -> Chosen:
     """What `auto` settles on for a stage."""
     evaluator = stage.evaluator
-    top = stage.fidelity_index == len(evaluator.fidelities) - 1
+    costs = tuple(fidelity.cost for fidelity in evaluator.fidelities)
+    # A stage below the truth, or after one that has ranked already, has one fidelity to go by.
+    ranks = stage.fidelity_index == len(costs) - 1 and stage.adopt is None
     return choose(
         stage.space,
         evaluations=stage.budget.evaluations,
         objectives=len(evaluator.objectives),
-        fidelities=len(evaluator.fidelities) if top else 1,
+        fidelities=costs if ranks else costs[stage.fidelity_index :][:1],
         prunes=bool(getattr(evaluator, "prunes", False)),
     )
 

@@ -14,7 +14,7 @@ import pytest
 
 import searchlab as sl
 from searchlab.algorithms import Seeds
-from searchlab.auto import choose, kept_baselines, parse_baselines, settled
+from searchlab.auto import choose, chosen_for, kept_baselines, parse_baselines, settled
 from searchlab.callbacks import Progress
 from searchlab.cli import main
 from searchlab.config import ALGORITHMS, SearchConfig
@@ -77,6 +77,30 @@ def test_the_algorithm_follows_the_space_and_the_objectives(
     chosen = choose(space, **{"evaluations": 400, **more})
     assert (chosen.spec.name, dict(chosen.spec.options)) == (name, {})
     assert chosen.reason
+
+
+@pytest.mark.parametrize(("evaluations", "halves"), [(60, True), (61, False), (None, False)])
+def test_few_evaluations_are_spread_over_the_fidelities(
+    evaluations: int | None, halves: bool
+) -> None:
+    chosen = choose(CHOICES, evaluations=evaluations, fidelities=(0.1, 1.0))
+    if halves:
+        assert chosen.spec.name == "successive_halving"
+        assert chosen.spec.options == {"fidelities": [0.1, 1.0]}
+        assert "2 fidelities" in chosen.reason
+    else:
+        assert chosen.spec.name == "evolution"
+
+
+def test_only_a_stage_that_begins_at_the_truth_has_fidelities_to_go_by() -> None:
+    evaluator = sl.FunctionEvaluator(
+        total, CHOICES, fidelities=(sl.Fidelity("some", 0.1), sl.Fidelity("all", 1.0))
+    )
+    spec, budget = sl.AlgorithmSpec("auto"), sl.Budget(40)
+    stage = sl.Stage("search", CHOICES, evaluator, spec, budget)
+    assert chosen_for(stage).spec.name == "successive_halving"
+    assert chosen_for(replace(stage, fidelity=0)).spec.name == "evolution"
+    assert chosen_for(replace(stage, adopt=sl.AdoptBest(3))).spec.name == "evolution"
 
 
 def test_evolution_races_where_the_evaluator_stops_early() -> None:
