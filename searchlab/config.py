@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.auto import AUTO, BaselineRule, check_baselines
 from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Evaluator, identity_digest
 from searchlab.population import Population
@@ -102,6 +103,8 @@ class AlgorithmSpec:
 
     def build(self, space: Space, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
         """The algorithm at the beginning of a stage."""
+        if self.name == AUTO:
+            raise ConfigError("auto is settled when a run is opened; see searchlab.auto.settled")
         factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
         try:
             return factory(space, seed=seed, first_id=first_id, seeds=seeds, **self.options)
@@ -219,11 +222,16 @@ class Stage:
 
     Attributes:
         name: shown in tables and progress.
+        algorithm: its name may be "auto" (see `searchlab.auto.choose`).
         seeds: baselines ("baseline:NAME") and warm starts ("seed:NAME") proposed first; those with
             a baseline's origin are counted apart from the budget.
         adopt: makes further seeds from the stage before.
         fidelity: index into the evaluator's fidelities; -1 = the truth.
         chunk: jobs per call of the evaluator in this stage; None = as the run has it.
+        baselines: which of the seeds that are baselines are scored: "all", "none", the named ones,
+            or "auto": the first ones, at most a third of the evaluations that the run is opened
+            with (never less than one).
+        chosen: what `auto` settled on and why, once a run is opened; empty = it was named.
     """
 
     name: str
@@ -235,6 +243,11 @@ class Stage:
     seeds: Seeds | None = None
     adopt: Adopt | None = None
     chunk: int | None = None
+    baselines: BaselineRule = "all"
+    chosen: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        check_baselines(self.baselines, () if self.seeds is None else self.seeds.origin)
 
     @property
     def fidelity_index(self) -> int:
@@ -253,6 +266,14 @@ def stage_digest(stage: Stage) -> str:
     """
     text = f"{identity_digest(stage.evaluator)} {stage.space.fingerprint}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _described(stage: Stage, seed: int) -> dict[str, Any]:
+    """The settings of a stage's algorithm; of `auto` its name: what it chose is kept apart."""
+    if stage.algorithm.name == AUTO:
+        return {"name": AUTO}
+    algorithm = stage.algorithm.build(stage.space, seed=seed, first_id=0, seeds=None)
+    return algorithm.settings()
 
 
 def _seeds_digest(stage: Stage) -> str:
@@ -360,12 +381,11 @@ class SearchConfig:
                 {
                     "name": stage.name,
                     "space": stage.space.fingerprint,
-                    "algorithm": stage.algorithm.build(
-                        stage.space, seed=self.seed, first_id=0, seeds=None
-                    ).settings(),
+                    "algorithm": _described(stage, self.seed),
                     "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
                     "evaluator": stage_digest(stage),
                     "seeds": _seeds_digest(stage),
+                    **({} if stage.baselines == "all" else {"baselines": stage.baselines}),
                 }
                 for stage in self.stages
             ],
