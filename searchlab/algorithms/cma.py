@@ -13,8 +13,9 @@ from searchlab._variable import normals
 from searchlab.algorithms._coordinates import Coordinates
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told, no_parents
 from searchlab.errors import ConfigError
+from searchlab.population import Population
 from searchlab.space import Space
-from searchlab.uniforms import uniforms
+from searchlab.uniforms import uniforms, uniforms_of
 
 __all__ = ["CMA"]
 
@@ -34,10 +35,12 @@ _CONDITION = 1e14  # ratio of the largest and smallest variance
 class CMA(Algorithm):
     """Covariance matrix adaptation for reals, ordered reals, affine and simplex vectors.
 
-    A generation is `population` candidates that were told one after another; `tell` hands their
-    coordinates and ranks to `cma.CMAEvolutionStrategy`. A candidate that was moved to stay
-    within the space is told where it was moved to. Ranks put feasible ones first, then smaller
-    violations, and failed ones last; a generation without any success changes nothing.
+    A generation is `population` candidates that were told one after another; `tell` hands the
+    vectors that they were drawn as, and their ranks, to `cma.CMAEvolutionStrategy`. Ranks put
+    feasible ones first, then smaller violations, and failed ones last; a generation without any
+    success changes nothing. The ends of ranges are bent (see `Coordinates`). What else is moved
+    to be valid (sums beyond their bounds, order, predicates) is ranked as if its loss were higher
+    by the generation's quartile range x moved**2 / (sigma**2 d), so that the mean stays near.
 
     The first mean is the best seed, or the middle of all ranges. When a descent has ended (its
     steps are below 1e-12 of the ranges, its best losses have been equal for 10 + 30 d / population
@@ -46,7 +49,7 @@ class CMA(Algorithm):
     it is a function of what was told.
 
     Source: Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772; restarts: Auger and
-    Hansen, CEC 2005. Differs in that bounds are kept by reflection, and in the starting points.
+    Hansen, CEC 2005. Differs in that penalty and in the starting points.
 
     Args:
         space, seed, first_id, seeds, repeats: see `Algorithm`; the space as in `Coordinates`.
@@ -99,7 +102,7 @@ class CMA(Algorithm):
         self._first = _Best(self._coordinates.centre)
         self._descent: _Descent | None = None
         self._number = 0
-        self._waiting = _Rows.none(d)
+        self._waiting = _Rows(np.empty(0, np.int64), space.empty(), np.empty(0), np.empty(0))
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "sigma": self.sigma, "restarts": self.restarts}
@@ -118,20 +121,33 @@ class CMA(Algorithm):
         return Draw(population, ["cma"] * len(ids), no_parents(len(ids)))
 
     def _learn(self, told: Told) -> None:
-        rows = _Rows(self._coordinates.vectors(told.population), told.losses[:, 0], told.violation)
+        rows = _Rows(told.ids, told.population, told.losses[:, 0], told.violation)
         early = int(np.searchsorted(told.ids, self._start))
         if early:
-            self._first.see(rows.part(0, early))
+            self._first.see(rows.part(0, early), self._coordinates)
             self._descent = None  # begins at the best seed, whatever was asked before
         rows = self._waiting.joined(rows.part(early, len(told.ids)))
         done = 0
-        while len(rows.loss) - done >= (size := self._size):
-            descent = self._current()
-            descent.learn(rows.part(done, done + size))
+        while len(rows.ids) - done >= (size := self._size):
+            self._learn_generation(rows.part(done, done + size))
             done += size
-            if self.restarts and descent.ended:
-                self._number, self._descent = self._number + 1, None
-        self._waiting = rows.part(done, len(rows.loss))
+        self._waiting = rows.part(done, len(rows.ids))
+
+    def _learn_generation(self, rows: _Rows) -> None:
+        descent, d = self._current(), self._coordinates.size
+        u = uniforms_of(self.seed, 0, rows.ids, self._cached_width)
+        vectors = descent.sample(normals(u[:, :d]))
+        drawn = self._coordinates.population(vectors, u[:, d:])
+        # What was drawn again, or from another generation, is known by its values only.
+        same = np.ones(len(rows.ids), dtype=bool)
+        for key, column in drawn.columns.items():
+            told = rows.population[key]
+            same &= (column == told).reshape(len(told), -1).all(axis=1)
+        vectors = np.where(same[:, None], vectors, self._coordinates.vectors(rows.population))
+        moved = self._coordinates.distances(vectors, rows.population)
+        descent.learn(vectors, moved, rows.loss, rows.violation)
+        if self.restarts and descent.ended:
+            self._number, self._descent = self._number + 1, None
 
     @property
     def _size(self) -> int:
@@ -154,25 +170,25 @@ class CMA(Algorithm):
 
 @dataclass(frozen=True)
 class _Rows:
-    """What was told, by vectors (n, d), losses (n,) and violations (n,)."""
+    """What was told, row by row."""
 
-    vectors: Array
+    ids: NDArray[np.int64]
+    population: Population
     loss: Array
     violation: Array
 
-    @staticmethod
-    def none(d: int) -> _Rows:
-        return _Rows(np.empty((0, d)), np.empty(0), np.empty(0))
-
     def part(self, start: int, stop: int) -> _Rows:
         rows = slice(start, stop)
-        return _Rows(self.vectors[rows], self.loss[rows], self.violation[rows])
+        return _Rows(
+            self.ids[rows], self.population.take(rows), self.loss[rows], self.violation[rows]
+        )
 
     def joined(self, more: _Rows) -> _Rows:
-        if not len(self.loss):
+        if not len(self.ids):
             return more
         return _Rows(
-            np.concatenate([self.vectors, more.vectors]),
+            np.concatenate([self.ids, more.ids]),
+            Population.concat([self.population, more.population]),
             np.concatenate([self.loss, more.loss]),
             np.concatenate([self.violation, more.violation]),
         )
@@ -185,13 +201,13 @@ class _Best:
     vector: Array
     score: tuple[float, float] = (np.inf, np.inf)
 
-    def see(self, rows: _Rows) -> None:
-        at = int(
-            np.lexsort((rows.loss, rows.violation + np.where(np.isinf(rows.loss), np.inf, 0)))[0]
-        )
-        score = float(rows.violation[at]), float(rows.loss[at])
+    def see(self, rows: _Rows, coordinates: Coordinates) -> None:
+        broken = np.where(np.isinf(rows.loss), np.inf, rows.violation)
+        at = int(np.lexsort((rows.loss, broken))[0])
+        score = float(broken[at]), float(rows.loss[at])
         if np.isfinite(score[1]) and score < self.score:
-            self.vector, self.score = rows.vectors[at], score
+            self.vector = coordinates.vectors(rows.population.take([at]))[0]
+            self.score = score
 
 
 @dataclass
@@ -240,19 +256,23 @@ class _Descent:
             out[i] = (strategy.mean + strategy.sigma * step)[0]
         return out
 
-    def learn(self, rows: _Rows) -> None:
-        """Takes in one generation."""
-        failed = np.isinf(rows.loss)
+    def learn(self, vectors: Array, moved: Array, loss: Array, violation: Array) -> None:
+        """Takes in one generation; `moved` as `Coordinates.distances` gives it."""
+        failed = np.isinf(loss)
         if failed.all():
             return
+        strategy = self._strategy
+        if moved.any():
+            low, high = np.percentile(loss[~failed], [25, 75])
+            loss = loss + (high - low) * moved / (strategy.sigma**2 * len(self.mean))
         # Failed ones come last whatever they violate.
-        order = np.lexsort((rows.loss, np.where(failed, np.inf, rows.violation)))
+        order = np.lexsort((loss, np.where(failed, np.inf, violation)))
         rank = np.empty(len(order))
         rank[order] = np.arange(len(order))
         # The package would shorten long steps of solutions that it has not drawn itself.
-        self._strategy.tell(list(rows.vectors), rank.tolist(), check_points=False)
+        strategy.tell(list(vectors), rank.tolist(), check_points=False)
         self._prepare()
-        self._bests = [*self._bests[1 - self._window :], float(rows.loss[order[0]])]
+        self._bests = [*self._bests[1 - self._window :], float(loss[order[0]])]
 
     @property
     def ended(self) -> bool:
