@@ -108,8 +108,8 @@ class Coordinates:
                 block = slice(part.start, part.start + part.width)
                 folded[:, block] = reflect(folded[:, block], -_MARGIN, 1 + _MARGIN)
         moved = np.abs(folded - self.vectors(population))
-        squares: NDArray[np.float64] = np.where(moved > _ROUNDING, moved, 0.0) ** 2
-        return squares.sum(axis=1)
+        squares: NDArray[np.float64] = (np.where(moved > _ROUNDING, moved, 0.0) ** 2).sum(axis=1)
+        return squares
 
     def vectors(self, population: Population) -> NDArray[np.float64]:
         """The vectors of candidates, float64 (n, size)."""

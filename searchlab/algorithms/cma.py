@@ -261,7 +261,7 @@ class _Descent:
         failed = np.isinf(loss)
         if failed.all():
             return
-        strategy = self._strategy
+        strategy, plain = self._strategy, loss
         if moved.any():
             low, high = np.percentile(loss[~failed], [25, 75])
             loss = loss + (high - low) * moved / (strategy.sigma**2 * len(self.mean))
@@ -272,7 +272,7 @@ class _Descent:
         # The package would shorten long steps of solutions that it has not drawn itself.
         strategy.tell(list(vectors), rank.tolist(), check_points=False)
         self._prepare()
-        self._bests = [*self._bests[1 - self._window :], float(loss[order[0]])]
+        self._bests = [*self._bests[1 - self._window :], float(plain[order[0]])]
 
     @property
     def ended(self) -> bool:
