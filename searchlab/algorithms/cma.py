@@ -15,7 +15,7 @@ from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told, no_parents
 from searchlab.errors import ConfigError
 from searchlab.population import Population
 from searchlab.space import Space
-from searchlab.uniforms import uniforms, uniforms_of
+from searchlab.uniforms import uniforms
 
 __all__ = ["CMA"]
 
@@ -135,7 +135,7 @@ class CMA(Algorithm):
 
     def _learn_generation(self, rows: _Rows) -> None:
         descent, d = self._current(), self._coordinates.size
-        u = uniforms_of(self.seed, 0, rows.ids, self._cached_width)
+        u = self._uniforms(rows.ids, 0)
         vectors = descent.sample(normals(u[:, :d]))
         drawn = self._coordinates.population(vectors, u[:, d:])
         # What was drawn again, or from another generation, is known by its values only.

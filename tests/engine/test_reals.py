@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +29,8 @@ from searchlab.space import Space
 from searchlab.testing.algorithm import SPACES, AlgorithmSuite, Build, drive, proposals
 from searchlab.uniforms import uniforms, uniforms_of
 from searchlab.variables import ActiveIf, Affine, Choice, Integer, Ordered, Real, Simplex, Subset
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _sums() -> Space:
@@ -119,6 +126,37 @@ class TestGP(AlgorithmSuite):
     def test_no_candidate_is_proposed_twice(self, build: Build, space: Space) -> None:
         keys = [key for _, key in proposals(drive(self.new(build, space), 11))]
         assert len(set(keys)) == len(keys)
+
+
+def trace_digest() -> str:
+    """All proposals of some runs, as one digest."""
+    out = hashlib.blake2b(digest_size=16)
+    for build, space in (
+        (CMA, _sums()),
+        (OnePlusOne, _sums()),
+        (TPE, Space(kind=Choice(("a", "b"), shape=(3,)), x=Real(0, 1))),
+    ):
+        for i, key in proposals(drive(build(space, seed=5), 24)):
+            out.update(i.to_bytes(8, "big") + key)
+    return out.hexdigest()
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "12345"])
+def test_another_process_proposes_the_same(hash_seed: str) -> None:
+    code = (
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('t', {str(Path(__file__))!r})\n"
+        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.trace_digest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == trace_digest()
 
 
 # -- coordinates --------------------------------------------------------------------------------
