@@ -45,8 +45,8 @@ class CMA(Algorithm):
     The first mean is the best seed, or the middle of all ranges. When a descent has ended (its
     steps are below 1e-12 of the ranges, its best losses have been equal for 10 + 30 d / population
     generations, or the covariance's condition is above 1e14), the next one starts at a random
-    candidate with a population twice as large (IPOP), at most nine times as much doubled. All of
-    it is a function of what was told.
+    candidate with a population twice as large (IPOP), which doubles at most nine times. All of it
+    is a function of what was told.
 
     Source: Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772; restarts: Auger and
     Hansen, CEC 2005. Differs in that penalty and in the starting points.
