@@ -40,6 +40,8 @@ __all__ = [
 ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "nsga2": "searchlab.algorithms.front:NSGA2",
+    "nsga3": "searchlab.algorithms.front:NSGA3",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
 }
