@@ -1,8 +1,7 @@
 """Recipes for evaluators that are other programs: `command` runs them, `ask` waits for results.
 
-Both read a space file and search it with the default evolution. The first objective steers; all
-others, and the constraints, are recorded with every candidate, and candidates that meet the
-constraints come first.
+Both read a space file and search it with the algorithm that `auto` chooses. All objectives and
+constraints are recorded with every candidate, and candidates that meet the constraints come first.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from searchlab.errors import ConfigError, SpaceError
+from searchlab.auto import AUTO, parse_baselines
+from searchlab.config import ALGORITHMS, known_names
+from searchlab.errors import ConfigError, SpaceError, unknown_name
 from searchlab.external import (
     load_json,
     parse_fidelity,
@@ -26,6 +27,7 @@ from searchlab.recipes import Recipe
 
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
+    from searchlab.auto import BaselineRule
     from searchlab.config import SearchConfig
     from searchlab.evaluator import Evaluator, Fidelity, Objective
     from searchlab.outcomes import Constraint
@@ -50,7 +52,8 @@ class _Options:
     fidelity: tuple[str, ...] = _option((), "NAME:COST, cheapest first; repeatable")
     baseline: tuple[str, ...] = _option((), "JSON file of known candidates; repeatable")
     budget: int | None = _option(None, "evaluations to pay for, baselines apart")
-    algorithm: Literal["evolution", "random"] = _option("evolution", "evolution or random")
+    algorithm: str = _option("auto", "a registered name, or auto: by space, budget and objectives")
+    baselines: str = _option("auto", "auto (a third of the budget at most), all, none or names")
     seed: int = _option(0, "the one seed of the search")
     data_seed: int = _option(0, "seed handed to the program, the same for searches to be compared")
 
@@ -61,6 +64,10 @@ class _Options:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         if self.budget is not None and self.budget < 0:
             raise ConfigError(f"budget {self.budget}; allowed: 0 or more")
+        known = [AUTO, *known_names(ALGORITHMS, "algorithm")]
+        if self.algorithm not in known:
+            raise unknown_name("algorithm", self.algorithm, known)
+        self.rule()
         if not 0 <= self.data_seed < 2**40:
             raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
         if not self.space.lstrip().startswith("{"):
@@ -69,6 +76,10 @@ class _Options:
         content = tuple(map(_baseline_text, self.baseline))
         object.__setattr__(self, "baseline", content)
         self.parts()
+
+    def rule(self) -> BaselineRule:
+        """Which baselines are scored. Raises ConfigError."""
+        return parse_baselines(self.baselines)
 
     def parts(self) -> _Parts:
         """The texts as what they stand for. Raises ConfigError or SpaceError naming them."""
@@ -219,6 +230,7 @@ def build(options: CommandOptions) -> SearchConfig:
                 seeds=seeds,
                 adopt=AdoptBest(max(1, options.screen // 4)) if index else None,
                 chunk=1,
+                baselines=options.rule(),
             )
         )
     stages.append(
@@ -231,6 +243,7 @@ def build(options: CommandOptions) -> SearchConfig:
             seeds=seeds,
             adopt=AdoptBest(max(1, options.screen // 4)) if cheaper else None,
             chunk=1,
+            baselines=options.rule(),
         )
     )
     final = None
@@ -271,6 +284,7 @@ def build_ask(options: AskOptions) -> SearchConfig:
         Budget(options.budget),
         seeds=_seeds(options, space),
         chunk=1,
+        baselines=options.rule(),
     )
     return SearchConfig(
         (stage,), name=ASK.name, seed=options.seed, recipe=ASK.name, options=asdict(options)

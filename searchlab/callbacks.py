@@ -13,7 +13,10 @@ __all__ = ["Callback", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback hears after every recorded batch; `best` is in the user's sign."""
+    """What a callback hears after every recorded batch; `best` is in the user's sign.
+
+    `chosen` is the algorithm that `auto` settled on, and why; empty where it was named.
+    """
 
     stage: str
     issued: int
@@ -26,6 +29,7 @@ class Progress:
     best: dict[int, float]
     done: tuple[Done, ...] = ()
     usage: Usage | None = None
+    chosen: str = ""
 
     def scalars(self) -> dict[str, float]:
         """The figures as one flat mapping, as loggers want them.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.auto import AUTO, BaselineRule
 from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Evaluator, identity_digest
 from searchlab.population import Population
@@ -104,6 +105,8 @@ class AlgorithmSpec:
 
     def build(self, space: Space, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
         """The algorithm at the beginning of a stage."""
+        if self.name == AUTO:
+            raise ConfigError("auto is settled when a run is opened; see searchlab.auto.settled")
         factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
         try:
             return factory(space, seed=seed, first_id=first_id, seeds=seeds, **self.options)
@@ -226,6 +229,10 @@ class Stage:
         adopt: makes further seeds from the stage before.
         fidelity: index into the evaluator's fidelities; -1 = the truth.
         chunk: jobs per call of the evaluator in this stage; None = as the run has it.
+        baselines: which of the seeds that are baselines are scored: "all", "none", the named ones,
+            or "auto": the first ones, at most a third of the evaluations that the run is opened
+            with (never less than one).
+        chosen: what `auto` settled on and why, once a run is opened; empty = it was named.
     """
 
     name: str
@@ -237,6 +244,8 @@ class Stage:
     seeds: Seeds | None = None
     adopt: Adopt | None = None
     chunk: int | None = None
+    baselines: BaselineRule = "all"
+    chosen: str = field(default="", compare=False)
 
     @property
     def fidelity_index(self) -> int:
@@ -255,6 +264,14 @@ def stage_digest(stage: Stage) -> str:
     """
     text = f"{identity_digest(stage.evaluator)} {stage.space.fingerprint}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _described(stage: Stage, seed: int) -> dict[str, Any]:
+    """The settings of a stage's algorithm; of `auto` its name: what it chose is kept apart."""
+    if stage.algorithm.name == AUTO:
+        return {"name": AUTO}
+    algorithm = stage.algorithm.build(stage.space, seed=seed, first_id=0, seeds=None)
+    return algorithm.settings()
 
 
 def _seeds_digest(stage: Stage) -> str:
@@ -362,12 +379,11 @@ class SearchConfig:
                 {
                     "name": stage.name,
                     "space": stage.space.fingerprint,
-                    "algorithm": stage.algorithm.build(
-                        stage.space, seed=self.seed, first_id=0, seeds=None
-                    ).settings(),
+                    "algorithm": _described(stage, self.seed),
                     "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
                     "evaluator": stage_digest(stage),
                     "seeds": _seeds_digest(stage),
+                    **({} if stage.baselines == "all" else {"baselines": stage.baselines}),
                 }
                 for stage in self.stages
             ],

@@ -424,6 +424,7 @@ class StageRun:
                 {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
                 None if self.executor is None else usage_of(self.executor),
+                self.stage.chosen,
             )
             for callback in self.callbacks:
                 callback(progress)

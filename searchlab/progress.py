@@ -31,6 +31,8 @@ class ProgressLine:
             self._stage = progress.stage
             self._from = (now, progress.finished)
             self._shown = 0.0 if self._live else now - QUIET_SECONDS + 2
+            if progress.chosen:
+                self._stream.write(f"{progress.stage}: {progress.chosen}\n")
         if now - self._shown < (FAST_SECONDS if self._live else QUIET_SECONDS):
             return
         self._shown = now

@@ -18,6 +18,7 @@ from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
+from searchlab.auto import AUTO, reasons, settled
 from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
 from searchlab.evaluator import (
@@ -177,6 +178,7 @@ def run(
     started = time.monotonic()
     status, stop_reason = "failed", ""
     try:
+        config = settled(config, store)
         _check_budgets(config, store)
         for index, stage in enumerate(config.stages):
             if stage.adopt is None:  # the others need answers first
@@ -315,6 +317,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "options": dict(config.options),
         "repeat": store.get_meta("repeat"),
         "pace": store.get_meta("pace") or {},
+        "algorithm": reasons(config, store),
     }
     return Result(
         store.name,
@@ -468,7 +471,7 @@ def search(
     gpu_price: float | None = None,
     target: float | None = None,
     seed: int = 0,
-    algorithm: str | AlgorithmSpec = "evolution",
+    algorithm: str | AlgorithmSpec = AUTO,
     direction: Literal["min", "max"] = "min",
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
     warm_start: str | Path | None = None,
@@ -495,7 +498,8 @@ def search(
         gpu_price: US dollars per device hour, for a budget in dollars.
         target: a value that is good enough to stop.
         seed: the one seed; equal seeds give equal traces.
-        algorithm: a registered name or a spec with options.
+        algorithm: a registered name or a spec with options; "auto" chooses by space, budget and
+            number of objectives when the run is opened (`result.meta["algorithm"]` says why).
         direction: of a plain function's value.
         baselines: name -> values; scored first, shown beside the result and used as parents.
         warm_start: name (in `database`) or folder of another run over an equal space; its ten best
