@@ -103,7 +103,7 @@ def chosen_for(stage: Stage) -> Chosen:
     return choose(
         stage.space,
         evaluations=stage.budget.evaluations,
-        objectives=len(evaluator.objectives),
+        objectives=len(evaluator.objectives) if stage.trades else 1,
         fidelities=len(evaluator.fidelities) if top else 1,
         prunes=bool(getattr(evaluator, "prunes", False)),
     )

@@ -64,6 +64,9 @@ class Contender:
         selection: mean over the selection replicates; NaN until scored.
         report: one value per report replicate; empty until scored.
         violation: sum of broken outcome constraints in the search; 0 = it meets them all.
+        values: where objectives are traded off, the search value of each; else empty.
+        selection_values: mean of each over the selection replicates.
+        report_values: per report replicate, the value of each.
     """
 
     population: Population
@@ -75,6 +78,9 @@ class Contender:
     selection: float = float("nan")
     report: tuple[float, ...] = ()
     violation: float = 0.0
+    values: tuple[float, ...] = ()
+    selection_values: tuple[float, ...] = ()
+    report_values: tuple[tuple[float, ...], ...] = ()
 
     @property
     def kind(self) -> str:
@@ -94,8 +100,12 @@ def contenders(
     groups: Sequence[int],
     values: NDArray[np.float64],
     violation: NDArray[np.float64] | None = None,
+    table: NDArray[np.float64] | None = None,
 ) -> list[Contender]:
-    """All successful candidates once; a baseline keeps its name where the search found it again."""
+    """All successful candidates once; a baseline keeps its name where the search found it again.
+
+    `values` are those of the main objective, `table` those of all where they are traded off.
+    """
     broken = np.zeros(len(keys)) if violation is None else violation
     best: dict[bytes, Contender] = {}
     for row, key in enumerate(keys):
@@ -110,6 +120,7 @@ def contenders(
             ids[row],
             float(values[row]),
             violation=float(broken[row]),
+            values=() if table is None else tuple(table[row].tolist()),
         )
     return list(best.values())
 

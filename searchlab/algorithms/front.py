@@ -368,7 +368,8 @@ def _checked(directions: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     length = out.sum(axis=1, keepdims=True)
     if not length.all():
         raise ConfigError(f"directions {directions!r} of nsga3; allowed: not zero in every place")
-    return out / length
+    unit: NDArray[np.float64] = out / length
+    return unit
 
 
 def _scaled(losses: NDArray[np.float64]) -> NDArray[np.float64]:
