@@ -75,6 +75,7 @@ class Result:
         meta: seed, lag, chunk, stop reason, repeat_sd, environment, seconds.
         trade_offs: the front of several objectives; None with one, or where one steers. A group's
             winner is then the middle of its front.
+        main: column of `objective` in the records' values.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Result:
     everyone: list[Contender] = field(default_factory=list, repr=False)
     out: Path | None = None
     trade_offs: TradeOffs | None = None
+    main: int = 0
 
     @property
     def sign(self) -> float:
@@ -167,7 +169,11 @@ class Result:
         """Best, baselines, values of the three splits, counts and seeds."""
         return {
             "run": self.name,
-            "objective": {"name": self.objective.name, "direction": self.objective.direction},
+            "objective": {
+                "name": self.objective.name,
+                "direction": self.objective.direction,
+                **({"column": self.main} if self.main else {}),
+            },
             "group_by": self.group_by,
             "alpha": self.alpha,
             "rows": self.rows(),

@@ -341,6 +341,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         records=records,
         everyone=everyone,
         trade_offs=trades,
+        main=last.main,
     )
 
 

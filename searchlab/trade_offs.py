@@ -155,6 +155,7 @@ class TradeOffs:
     def rows(self) -> list[dict[str, Any]]:
         """One row per member and baseline; the figures of each split by objective."""
         on_front = {member.key for member in self.members}
+        scored = {member.key for member in self.finalists}
         out = []
         for c in self.shown():
             row: dict[str, Any] = {
@@ -170,6 +171,8 @@ class TradeOffs:
                 "report_values": list(c.report),
                 "ratio_to_baseline": None,
                 "violation": _clean(c.violation),
+                "replicates": [list(map(_clean, values)) for values in c.report_values],
+                "scored": c.key in scored,
                 "values": {
                     split: dict(zip(self.names, map(_clean, figures), strict=True))
                     for split in ("search", "selection", "report")
