@@ -55,7 +55,8 @@ class Contender:
     """A candidate that the final may score, with all its values.
 
     Attributes:
-        population: one row.
+        among: the population that holds the candidate.
+        row: its row there.
         key: canonical key.
         origin: where it came from ("baseline:NAME", "vary", ...).
         group: value of the grouping cost, 0 without one.
@@ -69,7 +70,8 @@ class Contender:
         report_values: per report replicate, the value of each.
     """
 
-    population: Population
+    among: Population
+    row: int
     key: bytes
     origin: str
     group: int
@@ -81,6 +83,11 @@ class Contender:
     values: tuple[float, ...] = ()
     selection_values: tuple[float, ...] = ()
     report_values: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def population(self) -> Population:
+        """The candidate alone."""
+        return self.among.take(slice(self.row, self.row + 1))
 
     @property
     def kind(self) -> str:
@@ -106,20 +113,22 @@ def contenders(
 
     `values` are those of the main objective, `table` those of all where they are traded off.
     """
-    broken = np.zeros(len(keys)) if violation is None else violation
+    found = values.tolist()
+    bad = [0.0] * len(keys) if violation is None else violation.tolist()
     best: dict[bytes, Contender] = {}
     for row, key in enumerate(keys):
         known = best.get(key)
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population.take(slice(row, row + 1)),
+            population,
+            row,
             key,
             origin[row],
             groups[row],
             ids[row],
-            float(values[row]),
-            violation=float(broken[row]),
+            found[row],
+            violation=bad[row],
             values=() if table is None else tuple(table[row].tolist()),
         )
     return list(best.values())
