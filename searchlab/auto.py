@@ -7,7 +7,7 @@ what was settled, with the reason, from its own record. The same holds for the n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "AUTO",
     "BaselineRule",
     "Chosen",
+    "check_baselines",
     "choose",
     "chosen_for",
     "kept_baselines",
@@ -58,7 +59,7 @@ def choose(
     *,
     evaluations: int | None,
     objectives: int = 1,
-    fidelities: int = 1,
+    fidelities: Sequence[float] = (1.0,),
     prunes: bool = False,
     registered: Callable[[str], bool] | None = None,
 ) -> Chosen:
@@ -68,7 +69,7 @@ def choose(
         space: what varies.
         evaluations: the budget; None = it is limited in another way.
         objectives: how many.
-        fidelities: how many the evaluator has.
+        fidelities: relative costs of those that candidates may be measured at, cheapest first.
         prunes: the evaluator stops early where a bound allows it.
         registered: whether an algorithm of a name exists; the registry by default.
     """
@@ -82,29 +83,34 @@ def choose(
         return Chosen(AlgorithmSpec(name), f"{objectives} objectives")
     if (reals := _reals(space)) >= 2:
         return Chosen(AlgorithmSpec("cma"), f"one objective over {reals} real coordinates")
-    if evaluations is not None and evaluations <= SMALL and fidelities >= 2:
-        return Chosen(
-            AlgorithmSpec("successive_halving"), f"{many} and {fidelities} fidelities to rank by"
-        )
+    if evaluations is not None and evaluations <= SMALL and len(fidelities) >= 2:
+        options = {"fidelities": list(fidelities)}
+        reason = f"{many} and {len(fidelities)} fidelities to rank by"
+        return Chosen(AlgorithmSpec("successive_halving", options), reason)
     what = _kinds(space)
-    race = {"race": True} if prunes else {}
-    early = ", and the evaluator stops early" if prunes else ""
+    reason = f"{many} of {what}"
     if evaluations is not None and evaluations <= MEDIUM:
         if registered("guided"):
-            return Chosen(AlgorithmSpec("guided", race), f"{many} of {what}{early}")
-        early += "; no predictor is installed"
-    return Chosen(AlgorithmSpec("evolution", race), f"{many} of {what}{early}")
+            return Chosen(AlgorithmSpec("guided"), reason)
+        reason += ", without a predictor"
+    if prunes:
+        return Chosen(
+            AlgorithmSpec("evolution", {"race": True}), f"{reason}; the evaluator can stop early"
+        )
+    return Chosen(AlgorithmSpec("evolution"), reason)
 
 
 def chosen_for(stage: Stage) -> Chosen:
     """What `auto` settles on for a stage."""
     evaluator = stage.evaluator
-    top = stage.fidelity_index == len(evaluator.fidelities) - 1
+    costs = tuple(fidelity.cost for fidelity in evaluator.fidelities)
+    # A stage below the truth, or after one that has ranked already, has one fidelity to go by.
+    ranks = stage.fidelity_index == len(costs) - 1 and stage.adopt is None
     return choose(
         stage.space,
         evaluations=stage.budget.evaluations,
         objectives=len(evaluator.objectives) if stage.trades else 1,
-        fidelities=len(evaluator.fidelities) if top else 1,
+        fidelities=costs if ranks else costs[stage.fidelity_index :][:1],
         prunes=bool(getattr(evaluator, "prunes", False)),
     )
 
@@ -149,6 +155,18 @@ def parse_baselines(text: str) -> BaselineRule:
     return names
 
 
+def check_baselines(rule: BaselineRule, origins: Sequence[str]) -> None:
+    """Raises ConfigError for a rule that is none, or a name that no baseline has."""
+    if not isinstance(rule, tuple):
+        if rule not in ("auto", "all", "none"):
+            raise ConfigError(f"baselines {rule!r}; allowed: auto, all, none or a tuple of names")
+        return
+    names = [text.partition(":")[2] for text in origins if text.startswith("baseline")]
+    for name in rule:
+        if name not in names:
+            raise unknown_name("baseline", name, names)
+
+
 def kept_baselines(seeds: Seeds, rule: BaselineRule, limit: int | None) -> Seeds:
     """The seeds without the baselines that a rule leaves out; other seeds stay.
 
@@ -156,18 +174,12 @@ def kept_baselines(seeds: Seeds, rule: BaselineRule, limit: int | None) -> Seeds
         seeds: baselines have an origin "baseline:NAME" or "baseline-KIND:NAME".
         rule: see `Stage`.
         limit: how many baselines "auto" keeps, from the front; None = all.
-
-    Raises:
-        ConfigError: a name that no baseline has.
     """
     from searchlab.algorithms.base import Seeds
 
     at = [i for i, text in enumerate(seeds.origin) if text.startswith("baseline")]
     names = {i: seeds.origin[i].partition(":")[2] for i in at}
     if isinstance(rule, tuple):
-        for name in rule:
-            if name not in names.values():
-                raise unknown_name("baseline", name, names.values())
         kept = {i for i in at if names[i] in rule}
     elif rule == "auto":
         kept = set(at if limit is None else at[:limit])
@@ -196,7 +208,7 @@ def settled(config: SearchConfig, store: Store | None = None) -> SearchConfig:
         store: the run; keeps what is settled when it is opened. None = as a new run would be.
 
     Raises:
-        ConfigError: options for `auto`, or unknown names of baselines.
+        ConfigError: options for `auto`.
         StudyError: the settled algorithm has other settings by now.
     """
     kept: dict[str, dict[str, Any]] = (store.get_meta(_META) if store is not None else None) or {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab.auto import AUTO, BaselineRule
+from searchlab.auto import AUTO, BaselineRule, check_baselines
 from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Evaluator, identity_digest
 from searchlab.population import Population
@@ -235,6 +235,7 @@ class Stage:
 
     Attributes:
         name: shown in tables and progress.
+        algorithm: its name may be "auto" (see `searchlab.auto.choose`).
         seeds: baselines ("baseline:NAME") and warm starts ("seed:NAME") proposed first; those with
             a baseline's origin are counted apart from the budget.
         adopt: makes further seeds from the stage before.
@@ -292,6 +293,9 @@ class Stage:
                 f"target {self.budget.target:g} with the objectives {names}; allowed: with one "
                 "objective, or with the name of the one that steers"
             )
+
+    def __post_init__(self) -> None:
+        check_baselines(self.baselines, () if self.seeds is None else self.seeds.origin)
 
     @property
     def fidelity_index(self) -> int:
