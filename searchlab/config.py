@@ -266,6 +266,7 @@ class Stage:
         names = [objective.name for objective in self.evaluator.objectives]
         if self.steer is not None and self.steer not in names:
             raise unknown_name("objective", self.steer, names)
+        check_baselines(self.baselines, () if self.seeds is None else self.seeds.origin)
 
     @property
     def main(self) -> int:
@@ -293,9 +294,6 @@ class Stage:
                 f"target {self.budget.target:g} with the objectives {names}; allowed: with one "
                 "objective, or with the name of the one that steers"
             )
-
-    def __post_init__(self) -> None:
-        check_baselines(self.baselines, () if self.seeds is None else self.seeds.origin)
 
     @property
     def fidelity_index(self) -> int:

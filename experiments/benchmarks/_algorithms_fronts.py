@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -103,9 +102,9 @@ def _pymoo(instance: Instance, seed: int, n: int) -> float:
     variables: dict[str, Any] = {f"x{i}": Real(bounds=(0, 1)) for i in range(n_reals)}
     variables |= {f"c{i}": Choice(options=list(range(k))) for i, k in enumerate(labels)}
 
-    def column(X: Any, letter: str, count: int, kind: Callable[..., Any]) -> NDArray[Any]:
+    def column(X: Any, letter: str, count: int) -> NDArray[np.float64]:
         rows = [[row[f"{letter}{i}"] for i in range(count)] for row in X]
-        return np.array(rows, dtype=kind).reshape(len(X), count)
+        return np.array(rows, dtype=np.float64).reshape(len(X), count)
 
     class Given(Problem):  # type: ignore[misc]
         """The instance with pymoo's names."""
@@ -114,9 +113,8 @@ def _pymoo(instance: Instance, seed: int, n: int) -> float:
             super().__init__(vars=variables, n_obj=2)
 
         def _evaluate(self, X: Any, out: dict[str, Any], *args: Any, **more: Any) -> None:
-            out["F"] = instance.losses(
-                column(X, "x", n_reals, np.float64), column(X, "c", len(labels), np.int64)
-            )
+            codes = column(X, "c", len(labels)).astype(np.int64)
+            out["F"] = instance.losses(column(X, "x", n_reals), codes)
             parts.append(out["F"])
 
     unequal = MixedVariableDuplicateElimination()
