@@ -21,13 +21,11 @@ Table = NDArray[np.float64]
 
 
 class Instance(Protocol):
-    """A problem of two losses.
+    """A problem of two losses."""
 
-    Attributes:
-        reference: from where the hypervolume is measured.
-    """
-
-    reference: tuple[float, float]
+    @property
+    def reference(self) -> tuple[float, float]:
+        """From where the hypervolume is measured."""
 
     def space(self) -> Space: ...
     def parts(self) -> tuple[int, Sequence[int]]:
