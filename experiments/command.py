@@ -47,7 +47,11 @@ class _Options:
     """What both recipes have. Files are read once: their content becomes part of the options."""
 
     space: str = _option("", "space file (YAML)")
-    objective: tuple[str, ...] = _option((), "NAME:min or NAME:max; repeatable, the first steers")
+    objective: tuple[str, ...] = _option(
+        (), "NAME:min or NAME:max; repeatable: several give a front"
+    )
+    steer: str | None = _option(None, "name of the one objective to optimise; others are recorded")
+    reference: tuple[str, ...] = _option((), "NAME=VALUE from which hypervolumes are measured")
     constraint: tuple[str, ...] = _option((), "NAME>=BOUND or NAME<=BOUND; repeatable")
     fidelity: tuple[str, ...] = _option((), "NAME:COST, cheapest first; repeatable")
     baseline: tuple[str, ...] = _option((), "JSON file of known candidates; repeatable")
@@ -87,10 +91,15 @@ class _Options:
         costs = [fidelity.cost for fidelity in fidelities]
         if costs != sorted(costs):
             raise ConfigError(f"fidelities cost {costs}; allowed: cheapest first, the truth last")
+        objectives = tuple(map(parse_objective, self.objective))
+        names = [objective.name for objective in objectives]
+        if self.steer is not None and self.steer not in names:
+            raise unknown_name("objective", self.steer, names)
         return _Parts(
-            tuple(map(parse_objective, self.objective)),
+            objectives,
             tuple(map(parse_constraint, self.constraint)),
             fidelities,
+            _reference(self.reference, names),
         )
 
 
@@ -99,6 +108,23 @@ class _Parts:
     objectives: tuple[Objective, ...]
     constraints: tuple[Constraint, ...]
     fidelities: tuple[Fidelity, ...]
+    reference: dict[str, float] | None
+
+
+def _reference(texts: Sequence[str], names: Sequence[str]) -> dict[str, float] | None:
+    """Reads NAME=VALUE. Raises ConfigError naming the text."""
+    out: dict[str, float] = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            found = ""
+        if not found or name not in names:
+            raise ConfigError(
+                f"reference {text!r}; allowed: NAME=VALUE for each of {', '.join(names)}"
+            )
+    return out or None
 
 
 def _full() -> Fidelity:
@@ -231,6 +257,7 @@ def build(options: CommandOptions) -> SearchConfig:
                 adopt=AdoptBest(max(1, options.screen // 4)) if index else None,
                 chunk=1,
                 baselines=options.rule(),
+                steer=options.steer,
             )
         )
     stages.append(
@@ -244,6 +271,7 @@ def build(options: CommandOptions) -> SearchConfig:
             adopt=AdoptBest(max(1, options.screen // 4)) if cheaper else None,
             chunk=1,
             baselines=options.rule(),
+            steer=options.steer,
         )
     )
     final = None
@@ -257,6 +285,7 @@ def build(options: CommandOptions) -> SearchConfig:
         final=final,
         recipe=RECIPE.name,
         options=asdict(options),
+        reference=parts.reference,
     )
 
 
@@ -285,9 +314,15 @@ def build_ask(options: AskOptions) -> SearchConfig:
         seeds=_seeds(options, space),
         chunk=1,
         baselines=options.rule(),
+        steer=options.steer,
     )
     return SearchConfig(
-        (stage,), name=ASK.name, seed=options.seed, recipe=ASK.name, options=asdict(options)
+        (stage,),
+        name=ASK.name,
+        seed=options.seed,
+        recipe=ASK.name,
+        options=asdict(options),
+        reference=parts.reference,
     )
 
 
@@ -303,11 +338,12 @@ def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
     if not rows:
         return ()
     names = ", ".join(f"{o.name} ({o.direction})" for o in stage.evaluator.objectives)
+    steered = f" The search was steered by {stage.steer}." if stage.steer else ""
     return (
         Section(
             "Trade-offs",
-            f"Candidates that meet the constraints and that none beats in all of: {names}. The "
-            "search was steered by the first of them.",
+            f"Candidates that meet the constraints and that none beats in all of: {names}."
+            + steered,
             table=rows,
         ),
     )

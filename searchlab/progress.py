@@ -61,6 +61,10 @@ class ProgressLine:
             lost = usage.deaths + usage.timeouts
             if lost:
                 parts.append(f"{lost} lost")
+        if progress.front is not None:
+            parts.append(f"{progress.front.members} on the front")
+            if progress.front.hypervolume is not None:
+                parts.append(f"hypervolume {progress.front.hypervolume:.4g}")
         best = sorted(progress.best.items())
         if len(best) == 1 and best[0][0] == 0:
             parts.append(f"best {best[0][1]:.4g}")
