@@ -31,9 +31,11 @@ def _option(default: Any, text: str) -> Any:
 
 
 def _check_algorithm(name: str) -> None:
+    from searchlab.auto import AUTO
     from searchlab.config import ALGORITHMS, known_names
 
-    allowed = [known for known in known_names(ALGORITHMS, "algorithm") if known not in NEED_A_LIST]
+    known = [AUTO, *known_names(ALGORITHMS, "algorithm")]
+    allowed = [each for each in known if each not in NEED_A_LIST]
     if name not in allowed:
         raise unknown_name("algorithm of a table", name, allowed)
 
@@ -44,14 +46,15 @@ class TableOptions:
 
     file: str = _option("", "table of candidates: .csv, .csv.gz or .parquet")
     variables: tuple[str, ...] = _option((), "COLUMN or COLUMN:choice|integer|digits; repeatable")
-    objective: tuple[str, ...] = _option((), "NAME:min or NAME:max; repeatable, the first steers")
+    objective: tuple[str, ...] = _option((), "NAME:min or NAME:max; repeatable")
+    steer: str | None = _option(None, "name of the one objective to optimise; others are recorded")
     fidelity: tuple[str, ...] = _option((), "NAME:COLUMN[,COLUMN]:COST, cheapest first; repeatable")
     signal: tuple[str, ...] = _option((), "COLUMN:min or COLUMN:max; repeatable")
     missing: Literal["restrict", "fail"] = _option("restrict", "candidates without a row")
     duplicates: Literal["refuse", "mean"] = _option("refuse", "rows of one candidate")
     classes: str | None = _option(None, "column whose equal values are one candidate")
     budget: int | None = _option(None, "evaluations to pay for")
-    algorithm: str = _option("evolution", "name of an algorithm")
+    algorithm: str = _option("auto", "a registered name, or auto: by space, budget and objectives")
     seed: int = _option(0, "the one seed of the search")
     lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
 
@@ -64,6 +67,9 @@ class TableOptions:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         _check_budget(self.budget)
         _check_algorithm(self.algorithm)
+        names = [parse_objective(text).name for text in self.objective]
+        if self.steer is not None and self.steer not in names:
+            raise unknown_name("objective", self.steer, names)
         for text in self.fidelity:
             _parse_fidelity(text)
 
@@ -76,7 +82,7 @@ class NASBench201Options:
     dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "cifar10 or cifar100")
     canonical: bool = _option(False, "cells that compute the same are one candidate")
     budget: int | None = _option(None, "evaluations to pay for")
-    algorithm: str = _option("evolution", "name of an algorithm")
+    algorithm: str = _option("auto", "a registered name, or auto: by space, budget and objectives")
     seed: int = _option(0, "the one seed of the search")
     lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
 
@@ -108,7 +114,14 @@ def _config(
     from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 
     budget = Budget(100 if options.budget is None else options.budget)
-    stage = Stage("search", evaluator.space, evaluator, AlgorithmSpec(options.algorithm), budget)
+    stage = Stage(
+        "search",
+        evaluator.space,
+        evaluator,
+        AlgorithmSpec(options.algorithm),
+        budget,
+        steer=getattr(options, "steer", None),
+    )
     return SearchConfig(
         (stage,),
         name=recipe.name,
@@ -156,10 +169,13 @@ def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
     from searchlab.errors import StudyError
     from searchlab.report import Section
 
-    evaluator = cast("TableEvaluator", config.stages[-1].evaluator)
-    objective = evaluator.objectives[0]
-    sign = 1.0 if objective.direction == "min" else -1.0
-    losses = sign * evaluator.values()[:, 0]
+    stage = config.stages[-1]
+    evaluator = cast("TableEvaluator", stage.evaluator)
+    if stage.trades:  # several objectives have no rank
+        return ()
+    objective = evaluator.objectives[stage.main]
+    sign = stage.sign
+    losses = sign * evaluator.values()[:, stage.main]
     losses = losses[np.isfinite(losses)]
     try:
         found = result.best.contender.search

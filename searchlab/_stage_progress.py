@@ -30,6 +30,8 @@ def progress_of(leg: StageRun, finished: Sequence[Done]) -> Progress:
         {group: leg.sign * loss for group, loss in leg.best.items()},
         tuple(finished),
         None if leg.executor is None else usage_of(leg.executor),
+        leg.stage.chosen,
+        leg.best_so_far.front(),
     )
 
 

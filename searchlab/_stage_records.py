@@ -69,14 +69,14 @@ class Group:
             return int(flags.sum())
         return float(self.levels.price[np.asarray(rows, dtype=np.int64)[flags]].sum())
 
-    def answers_until(self, stop: int) -> Told:
+    def answers_until(self, stop: int, stage: Stage) -> Told:
         """The answers of the rows that were not told yet, up to `stop`; they are told now."""
         rows = slice(self.told, stop)
         self.told = stop
         return Told(
             self.jobs.ids[rows],
             self.jobs.population.take(rows),
-            self.losses[rows],
+            self.losses[rows] if stage.steer is None else self.losses[rows][:, [stage.main]],
             self.violation[rows],
         )
 
@@ -197,7 +197,8 @@ def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     one_each, behind = comparable(mine, stage.fidelity_index)
     known = Known(one_each.take(np.flatnonzero(~behind)), stage)
     jobs = known.jobs
-    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation)
+    main = None if stage.trades else stage.main
+    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation, main)
 
 
 # -- verify -------------------------------------------------------------------------------------

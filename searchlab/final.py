@@ -66,6 +66,9 @@ class Contender:
         report: one value per report replicate; empty until scored.
         violation: sum of broken outcome constraints in the search; 0 = it meets them all.
         behind: dropped by a race, so that its value is of fewer replicates than those of others.
+        values: where objectives are traded off, the search value of each; else empty.
+        selection_values: mean of each over the selection replicates.
+        report_values: per report replicate, the value of each.
     """
 
     among: Population
@@ -79,6 +82,9 @@ class Contender:
     report: tuple[float, ...] = ()
     violation: float = 0.0
     behind: bool = False
+    values: tuple[float, ...] = ()
+    selection_values: tuple[float, ...] = ()
+    report_values: tuple[tuple[float, ...], ...] = ()
 
     def rank(self, sign: float) -> tuple[float, ...]:
         """What the search says of it: lower is better; sign is 1 to minimise, -1 to maximise."""
@@ -107,9 +113,13 @@ def contenders(
     groups: Sequence[int],
     values: NDArray[np.float64],
     violation: NDArray[np.float64] | None = None,
+    table: NDArray[np.float64] | None = None,
     behind: NDArray[np.bool_] | None = None,
 ) -> list[Contender]:
-    """All successful candidates once; a baseline keeps its name where the search found it again."""
+    """All successful candidates once; a baseline keeps its name where the search found it again.
+
+    `values` are those of the main objective, `table` those of all where they are traded off.
+    """
     found = values.tolist()
     bad = [0.0] * len(keys) if violation is None else violation.tolist()
     best: dict[bytes, Contender] = {}
@@ -127,6 +137,7 @@ def contenders(
             found[row],
             violation=bad[row],
             behind=behind is not None and bool(behind[row]),
+            values=() if table is None else tuple(table[row].tolist()),
         )
     return list(best.values())
 

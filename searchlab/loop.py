@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_best import BestSoFar
 from searchlab._stage_levels import LevelRule
 from searchlab._stage_limits import Limits
 from searchlab._stage_progress import hopeless, progress_of
@@ -65,6 +66,7 @@ class StageRun:
         free: ask whenever the executor has room. A group is then proposed by the state that was
             told all ids below the first one that is still open, which its records keep as
             `told_at_ask`: timing decides, and the records repeat it.
+        reference: from where hypervolumes are measured, as losses; None = by the first ids.
     """
 
     stage: Stage
@@ -83,6 +85,7 @@ class StageRun:
     other_runs: bool = True
     recompute: bool = False
     free: bool = False
+    reference: tuple[float, ...] | None = None
     mismatches: list[str] = field(default_factory=list)
     stop_reason: str = ""
     interrupted: bool = False
@@ -113,10 +116,11 @@ class StageRun:
         self._open_paid: float = 0
         self._free_hits: float = 0  # hits that may count; `repeated` ones do
         self.repeated = 0
-        self.best: dict[int, float] = {}
+        self.best_so_far = BestSoFar(self.stage, self.group_by, self.reference)
+        self.best = self.best_so_far.losses
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
-        self.sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
+        self.sign = self.stage.sign
 
     # -- running ----------------------------------------------------------------------------
 
@@ -517,16 +521,8 @@ class StageRun:
         good = np.asarray(rows, dtype=np.int64)[(state == OK) & (group.violation[rows] == 0)]
         if group.levels is not None:
             good = good[group.levels.counts[good]]
-        if not len(good):
-            return
-        found = group.losses[good, 0]
-        if self.group_by is None:
-            self.best[0] = min(float(found.min()), self.best.get(0, np.inf))
-            return
-        costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
-        places = np.rint(costs).astype(np.int64).tolist()
-        for place, loss in zip(places, found.tolist(), strict=True):
-            self.best[place] = min(loss, self.best.get(place, np.inf))
+        if len(good):
+            self.best_so_far.add(jobs.ids[good], jobs.population.take(good), group.losses[good])
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -570,7 +566,7 @@ class StageRun:
             group = self._groups[0]
             stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
-                self.algorithm.tell(group.answers_until(stop))
+                self.algorithm.tell(group.answers_until(stop, self.stage))
             if group.end_id > bound:
                 return
             self._groups.popleft()

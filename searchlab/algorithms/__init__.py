@@ -4,6 +4,7 @@ from searchlab.algorithms.aging import RegularisedEvolution
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.algorithms.eda import EDA
 from searchlab.algorithms.evolution import Evolution, ParentRule
+from searchlab.algorithms.front import NSGA2, NSGA3
 from searchlab.algorithms.halving import SuccessiveHalving
 from searchlab.algorithms.local_search import LocalSearch
 from searchlab.algorithms.paired_race import PairedRace
@@ -13,6 +14,8 @@ from searchlab.algorithms.variation import UniformVariation, Variation
 
 __all__ = [
     "EDA",
+    "NSGA2",
+    "NSGA3",
     "Algorithm",
     "Draw",
     "Evolution",

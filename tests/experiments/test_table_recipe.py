@@ -68,6 +68,17 @@ def test_fidelities_of_a_table_are_climbed(
     assert "worth full evaluations 1" in goes_on  # 11 or more of 12
 
 
+def test_several_objectives_are_traded_off_or_one_steers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = [*RUN, "--objective", "quick:min", "--budget", "30"]
+    out_of(capsys, [*two, "--name", "front"])
+    assert "Against the table" not in (folder / "runs/front/report.html").read_text()
+    out_of(capsys, [*two, "--name", "one", "--steer", "quick"])
+    assert "Against the table" in (folder / "runs/one/report.html").read_text()
+    assert "1 of 40" in (folder / "runs/one/report.html").read_text()
+
+
 def test_a_table_that_changed_is_another_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +99,7 @@ def test_a_table_that_changed_is_another_one(
         ({"algorithm": "magic"}, "unknown algorithm of a table 'magic'; known: .*evolution"),
         ({"algorithm": "race"}, "unknown algorithm of a table 'race'"),
         ({"budget": -1}, "budget -1"),
+        ({"steer": "y"}, "unknown objective 'y'; known: x"),
         ({"fidelity": ("quick:0.1",)}, "fidelity 'quick:0.1'; allowed: NAME:COLUMN"),
         ({"fidelity": ("quick:a:b",)}, "fidelity 'quick:a:b'"),
     ],
