@@ -39,12 +39,16 @@ __all__ = [
 ]
 
 ALGORITHMS: dict[str, str] = {
+    "cma": "searchlab.algorithms.cma:CMA",
+    "es11": "searchlab.algorithms.es11:OnePlusOne",
     "evolution": "searchlab.algorithms.evolution:Evolution",
+    "gp": "searchlab.algorithms.optuna:GP",
     "listed": "searchlab.algorithms.simple:Listed",
     "nsga2": "searchlab.algorithms.front:NSGA2",
     "nsga3": "searchlab.algorithms.front:NSGA3",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
+    "tpe": "searchlab.algorithms.optuna:TPE",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
