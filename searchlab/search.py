@@ -55,7 +55,7 @@ from searchlab.trade_offs import trade_offs_of
 if TYPE_CHECKING:
     from searchlab.study import Store
 
-__all__ = ["run", "search", "stored_result", "verify"]
+__all__ = ["as_evaluator", "run", "search", "stored_result", "verify"]
 
 LAG_PER_WORKER = 2
 
@@ -454,7 +454,7 @@ def search(
         executor = ExecutorOptions(executor, workers, deadline, retries).build()
     elif (workers, deadline, retries) != (None, None, None):
         raise ConfigError("workers, deadline and retries belong to the executor that is given")
-    evaluator = _as_evaluator(space, objective, direction, objectives, name)
+    evaluator = as_evaluator(space, objective, direction, objectives, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
     if baselines:
@@ -490,13 +490,14 @@ def search(
     )
 
 
-def _as_evaluator(
+def as_evaluator(
     space: Space,
     objective: Callable[..., Any] | Evaluator | EvaluatorFunction[..., Any],
     direction: Literal["min", "max"],
     objectives: Mapping[str, Literal["min", "max"]] | None,
     name: str,
 ) -> Evaluator:
+    """The evaluator that a user's function, decorated function or evaluator stands for."""
     if objectives is not None:
         if isinstance(objective, EvaluatorFunction | Evaluator) or not objectives:
             raise ConfigError(

@@ -22,7 +22,7 @@ __all__ = ["run"]
 
 EVALUATIONS = 2000
 SEEDS = 15
-POPULATION = 100  # pymoo's default, and ours
+POPULATION = 100  # pymoo's default, and that of our search in generations
 
 
 def run(journal: Journal, quick: bool) -> None:
@@ -70,7 +70,12 @@ def _ours(instance: Instance, seed: int, n: int, *, generations: bool = False) -
     algorithm = NSGA2(space, seed=seed)
     if generations:
         algorithm = NSGA2(
-            space, seed=seed, n_random=POPULATION, quantum=POPULATION, every=POPULATION
+            space,
+            seed=seed,
+            population=POPULATION,
+            n_random=POPULATION,
+            quantum=POPULATION,
+            every=POPULATION,
         )
     parts: list[NDArray[np.float64]] = []
     start = told = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from searchlab.errors import ConfigError
 from searchlab.evaluator import Evaluator, EvaluatorFunction, losses
 from searchlab.outcomes import constraints_of
 from searchlab.population import Jobs, Population
-from searchlab.search import _as_evaluator
+from searchlab.search import as_evaluator
 from searchlab.space import Space
 from searchlab.uniforms import derived
 from searchlab.variables import Choice, Integer, Subset
@@ -98,6 +98,7 @@ def as_problem(
     evaluator: Callable[..., Any] | Evaluator | EvaluatorFunction[..., Any],
     *,
     direction: Literal["min", "max"] = "min",
+    objectives: Mapping[str, Literal["min", "max"]] | None = None,
     fidelity: int = -1,
 ) -> Problem:
     """A `pymoo.core.problem.Problem` over a space; whole populations are evaluated at once.
@@ -114,6 +115,7 @@ def as_problem(
         space: see `Codes`.
         evaluator: as for `searchlab.search`: a function, a decorated one, or an Evaluator.
         direction: of a plain function.
+        objectives: of a plain function that returns several; name -> direction.
         fidelity: index into the evaluator's fidelities.
 
     Raises:
@@ -121,7 +123,7 @@ def as_problem(
     """
     from pymoo.core.problem import Problem
 
-    judge = _as_evaluator(space, evaluator, direction, None, "pymoo")
+    judge = as_evaluator(space, evaluator, direction, objectives, "pymoo")
     codes = Codes(space)
     if not -len(judge.fidelities) <= fidelity < len(judge.fidelities):
         raise ConfigError(f"fidelity {fidelity}; allowed: 0..{len(judge.fidelities) - 1}")

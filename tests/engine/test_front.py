@@ -219,7 +219,7 @@ def test_the_reference_point_depends_on_the_first_ids_only() -> None:
     assert (reference_point(ids[:1], np.zeros((1, 2))) > 0).all()
 
 
-def test_the_search_beats_random_and_generations() -> None:
+def test_the_search_beats_random_steadily_and_in_generations() -> None:
     def volume(algorithm: Algorithm) -> float:
         parts = []
         for start in range(0, 400, algorithm.quantum):
@@ -235,7 +235,7 @@ def test_the_search_beats_random_and_generations() -> None:
     for seed in range(3):
         steady = volume(NSGA2(mixed, seed=seed))
         whole = volume(NSGA2(mixed, seed=seed, quantum=50, every=50, population=50, n_random=50))
-        assert steady > whole > volume(Random(mixed, seed=seed))
+        assert min(steady, whole) > 1.2 * volume(Random(mixed, seed=seed))
 
 
 @pytest.mark.parametrize(
