@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._exact import Found
-from searchlab._exchanges import Options, exchanged
 from searchlab._label_program import NODES, LabelProgram
 from searchlab.errors import ConfigError
 
@@ -30,8 +29,9 @@ MOST_SETS = 20_000  # sets of labels that are tried per block
 ROUNDS = 200  # of column generation
 CORE = 100  # labels beyond one per element that a first integer program looks at
 MOST_CORE = 1000  # and beyond this many no further one is tried for a better plan
-SETS = 10  # per block, that exchanges look at
-FLIPS = 8  # of single elements per set
+SETS = 8  # per block, that the last program looks at
+FLIPS = 7  # elements of a block that may leave their best label there
+COLUMN_NODES = 60
 BLOCK = 32  # elements of a block where nothing else groups them
 SMALL = 1500  # binaries of a program that HiGHS finishes by itself
 _AT_ONCE = 4_000_000  # entries of the table of sets
@@ -111,7 +111,7 @@ def solve_many_budgets(problem: Many, gap: float) -> Found:
         inner.run(gap / 20)
         best = None if inner.empty else _near(free, inner, gap, most=0)
         if best is not None and not _within(problem.loss(best), bound, gap):
-            best = exchanged(generation.options(best), problem.lower, problem.upper, best)
+            best = generation.improved(best, gap)
     else:
         best = _near(problem, generation, gap, most=MOST_CORE)
     value = np.inf if best is None else problem.loss(best)
@@ -255,7 +255,7 @@ class Generation:
         new = 0
         for number, rows in enumerate(self.members):
             mark = number, labels[rows].tobytes()
-            if mark in self.columns.seen:
+            if mark in self.columns.seen or not np.isfinite(losses[rows]).all():
                 continue
             self.columns.seen.add(mark)
             self.columns.block.append(number)
@@ -278,6 +278,9 @@ class Generation:
             labels, least = self._best_columns(prices)
             self._take(labels)
             self._note(prices, least)
+        if len(set(self.columns.block)) < len(self.members):  # a block that no set serves
+            self.empty = True
+            return
         _, outside = self._generate(close, ROUNDS)
         self.empty = outside > 1e-9
 
@@ -302,6 +305,7 @@ class Generation:
         member = np.zeros((len(self.sets), k), dtype=bool)
         member[np.arange(len(self.sets))[:, None], self.sets] = True
         bound, prices = self.bound, self.prices
+        self.open = np.isfinite(self._set_sums(self._priced(prices)[self.order]))
         while True:
             weights, _ = self._generate(1e-4, 20)
             block = np.array(self.columns.block)[: len(weights)]
@@ -368,7 +372,7 @@ class Generation:
 
     def _usable(self) -> Array:
         """1 for the columns that the open sets allow, else 0."""
-        if self.sets is None or self.open.all():
+        if self.sets is None:
             return np.ones(len(self.columns.loss))
         fixed = np.flatnonzero(self.open.sum(axis=1) == 1)
         allowed = np.ones((len(self.members), self.problem.losses.shape[1]), dtype=bool)
@@ -385,27 +389,54 @@ class Generation:
         priced = self._priced(self.prices)
         return priced - priced.min(axis=1, keepdims=True)
 
-    def options(self, plan: Array) -> Options:
-        """For every block the best sets under the best prices, and a few other labels in them."""
+    def improved(self, plan: Array, gap: float) -> NDArray[np.int64]:
+        """A plan of columns near the bound, by an integer program over them; `plan` where none.
+
+        For every block the sets that can still be part of a better plan are tried with all
+        combinations of the few label changes that cost least.
+        """
         assert self.sets is not None
-        out = Options(self.problem.losses, self.problem.costs, self.members)
+        room = self.problem.loss(plan) - self.bound
         priced = self._priced(self.prices)
-        best = np.argsort(self._set_sums(priced[self.order]), axis=1, kind="stable")[:, :SETS]
+        sums = self._set_sums(priced[self.order])
+        flips = (np.arange(2**FLIPS)[:, None] >> np.arange(FLIPS)) & 1
+        found: list[Array] = []
         for number, rows in enumerate(self.members):
-            own = [self.sets[i] for i in best[number].tolist()]
-            for some in [*own, np.unique(plan[rows])]:
-                part = priced[rows][:, some]
-                order = np.argsort(part, axis=1, kind="stable")
-                first = some[order[:, 0]]
-                out.add(number, first[None])
-                for base in (first, plan[rows]) if np.isin(plan[rows], some).all() else (first,):
-                    moves = np.repeat(base[None], len(rows) * len(some), axis=0)
-                    at = np.repeat(np.arange(len(rows)), len(some))
-                    moves[np.arange(len(at)), at] = np.tile(some, len(rows))
-                    delta = priced[rows[at], np.tile(some, len(rows))] - priced[rows[at], base[at]]
-                    near = np.argsort(delta, kind="stable")[: FLIPS + len(rows)]
-                    out.add(number, moves[near])
-        return out
+            parts = [plan[rows][None]]
+            order = np.argsort(sums[number], kind="stable")[:SETS]
+            for some in self.sets[order[sums[number, order] <= sums[number].min() + room]]:
+                part = np.sort(priced[rows][:, some], axis=1)
+                rank = some[np.argsort(priced[rows][:, some], axis=1, kind="stable")]
+                delta = part[:, 1] - part[:, 0]
+                cheap = np.argsort(delta, kind="stable")[:FLIPS]
+                use = flips[: 2 ** len(cheap), : len(cheap)]
+                use = use[use @ delta[cheap] + part[:, 0].sum() <= sums[number].min() + room / 2]
+                block = np.repeat(rank[:, 0][None], len(use), axis=0)
+                block[:, cheap] = np.where(use == 1, rank[cheap, 1], rank[cheap, 0])
+                parts.append(block)
+            found.append(np.unique(np.concatenate(parts), axis=0))
+        return self._combined(found, plan, gap)
+
+    def _combined(self, found: list[Array], plan: Array, gap: float) -> NDArray[np.int64]:
+        """The best plan that takes one of the given assignments for every block."""
+        b, n = len(self.problem.upper), max(map(len, found))
+        losses = np.full((len(found), n), np.inf)
+        costs = np.zeros((b, len(found), n))
+        for number, (rows, labels) in enumerate(zip(self.members, found, strict=True)):
+            losses[number, : len(labels)] = self.problem.losses[rows, labels].sum(axis=1)
+            costs[:, number, : len(labels)] = self.problem.costs[:, rows, labels].sum(axis=2)
+        program = Many(losses, costs, self.problem.lower, self.problem.upper)
+        program = program.lean()
+        limit = self.problem.loss(plan)
+        some, _ = program.program(np.isfinite(program.losses), limit).solve(
+            gap=gap / 2, nodes=COLUMN_NODES
+        )
+        out = np.array(plan)
+        if some is not None:
+            for number, rows in enumerate(self.members):
+                out[rows] = found[number][some[number]]
+        better = self.problem.keeps(out) and self.problem.loss(out) < limit
+        return out if better else plan
 
     def useful(self, prices: Array, reach: float) -> NDArray[np.bool_]:
         """Labels that a plan better than the bound of these prices plus `reach` can take."""

@@ -14,8 +14,7 @@ until a plan turns up (which then is optimal) or nothing better than the rounded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,12 +38,12 @@ class Found:
     Attributes:
         labels: int64 (e,); None = no plan keeps the budget.
         bound: no plan within the budget loses less.
-        price: the multiplier of the budget, loss per unit of cost.
+        price: the multiplier of the budget (of each budget), loss per unit of cost.
     """
 
     labels: NDArray[np.int64] | None
     bound: float
-    price: float
+    price: Any
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,7 @@ def _solve(losses: Array, costs: Whole, hull: Hull, gap: float) -> Found:
     extent = np.where(np.isfinite(reduced), reduced, 0).max(axis=1).sum()
     widest = float(extent + price * (costs.upper + np.abs(costs.costs).sum())) * (1 + 1e-9)
     window = most * FIRST_SHARE if kept else max(loss, widest * 1e-9, 1e-300) * FIRST_SHARE
+    begun = False
     while True:
         window = min(window, most, widest)
         core = _Core(reduced, costs, base, price, window)
@@ -131,12 +131,14 @@ def _solve(losses: Array, costs: Whole, hull: Hull, gap: float) -> Found:
         if found is not None:
             return Found(found, float(losses[own, found].sum()), price)
         if core.overflowed:
-            return _by_highs(losses, costs, base, price, bound, reduced, most, gap, kept)
+            proved = bound + (window / GROWTH if begun else 0.0)
+            found = _by_highs(np.where(reduced <= most, losses, np.inf), costs, base, most, proved)
+            return replace(found, price=price)
         if window >= most or (kept and most - window <= gap * loss):
             return Found(base, bound + window, price)
         if window >= widest:
             return Found(None, np.inf, price)
-        window *= GROWTH
+        window, begun = window * GROWTH, True
 
 
 def _reduced(losses: Array, costs: Array, base: Array, price: float) -> Array:
@@ -177,7 +179,7 @@ class _Core:
             away = costs.costs[row, labels] - costs.costs[row, base[row]]
             moves.append((row, labels, away, reduced[row, labels]))
         # Wide moves first: states stay few while they are coarse.
-        moves.sort(key=lambda move: (-int(np.abs(move[2]).max() * 16 // 1), move[0]))
+        moves.sort(key=lambda move: (-float(np.abs(move[2]).max()), move[0]))
         self.moves = moves
         self.overflowed = False
 
@@ -241,33 +243,27 @@ class _Core:
         return keep[better]
 
 
-def _by_highs(
-    losses: Array,
-    costs: Whole,
-    base: Array,
-    price: float,
-    bound: float,
-    reduced: Array,
-    most: float,
-    gap: float,
-    kept: bool,
-) -> Found:
-    """Branch and bound by HiGHS over the labels that a better plan can take."""
-    from searchlab._programs_highs import Block, least_plan
+def _by_highs(losses: Array, costs: Whole, base: Array, most: float, window: float) -> Found:
+    """HiGHS where the dynamic program has too many states: a plan, and what is proved of it."""
+    from searchlab._label_program import LabelProgram
 
-    labels = reduced <= most
-    labels[np.arange(len(base)), base] = True
-    scale = most if np.isfinite(most) and most > 0 else float(losses[np.isfinite(losses)].max())
-    answer = least_plan(
-        reduced / (scale or 1.0),
-        labels & np.isfinite(losses),
-        [Block(costs.costs, costs.lower, costs.upper)],
-        start=base,
-        gap=gap,
+    own = np.arange(len(losses))
+    kept = np.isfinite(most)
+    limit = float(losses[own, base].sum()) if kept else np.inf
+    program = LabelProgram(
+        losses,
+        costs.costs[None].astype(np.float64),
+        np.array([costs.lower], dtype=np.float64),
+        np.array([costs.upper], dtype=np.float64),
+        np.isfinite(losses),
+        limit,
     )
-    del answer, bound, kept, price
-    raise NotImplementedError
-
-
-def _unused(parts: Sequence[int]) -> None:
-    """Placeholder."""
+    labels, proved = program.solve()
+    if labels is not None:
+        spent = costs.costs[own, labels].sum()
+        if not costs.lower <= spent <= costs.upper or losses[own, labels].sum() >= limit:
+            labels = None
+    if labels is None and kept:
+        labels = base
+    value = np.inf if labels is None else float(losses[own, labels].sum())
+    return Found(labels, min(max(proved, window), value), 0.0)

@@ -40,8 +40,10 @@ __all__ = [
 ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "listed": "searchlab.algorithms.simple:Listed",
+    "profile": "searchlab.algorithms.profile:Profile",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
+    "separable": "searchlab.algorithms.separable:Separable",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
