@@ -287,7 +287,7 @@ class Generation:
     def _generate(self, close: float, rounds: int) -> tuple[Array, float]:
         """Weights of all columns in the master, and by how much it leaves the budgets."""
         for _ in range(rounds):
-            value, prices, weights, outside = self._master()
+            value, prices, weights, left = self._master()
             labels, least = self._best_columns(prices)
             proved = self._note(prices, least)
             if not self._take(labels) or value - proved <= max(close, 1e-7) * value + 1e-12:

@@ -132,8 +132,8 @@ def _solve(losses: Array, costs: Whole, hull: Hull, gap: float) -> Found:
             return Found(found, float(losses[own, found].sum()), price)
         if core.overflowed:
             proved = bound + (window / GROWTH if begun else 0.0)
-            found = _by_highs(np.where(reduced <= most, losses, np.inf), costs, base, most, proved)
-            return replace(found, price=price)
+            answer = _by_highs(np.where(reduced <= most, losses, np.inf), costs, base, most, proved)
+            return replace(answer, price=price)
         if window >= most or (kept and most - window <= gap * loss):
             return Found(base, bound + window, price)
         if window >= widest:

@@ -120,7 +120,7 @@ class LabelProgram:
     def _read(self, x: Array) -> NDArray[np.int64]:
         table = np.full(self.allowed.shape, -1.0)
         table[self._places] = x
-        return table.argmax(axis=1).astype(np.int64)
+        return np.asarray(table.argmax(axis=1), dtype=np.int64)
 
 
 def _milp(

@@ -248,8 +248,10 @@ class ProfileTable:
         table = cls(mean, error, base, float(own.mean()))
         bad = np.argwhere(elements.allowed & ~np.isfinite(mean))
         if len(bad) or not np.isfinite(own).all():
-            what = "the reference" if not len(bad) else (
-                f"label {bad[0, 1]} of element {elements.named(int(bad[0, 0]))}"
+            what = (
+                "the reference"
+                if not len(bad)
+                else (f"label {bad[0, 1]} of element {elements.named(int(bad[0, 0]))}")
             )
             raise ConfigError(
                 f"the profile has no finite value of {what} ({max(len(bad), 1)} missing); allowed: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -125,7 +125,7 @@ class ProgramVariation:
 
     priced: NDArray[np.float64] | None
     share: float = 0.5
-    other: UniformVariation = UniformVariation()
+    other: UniformVariation = field(default_factory=UniformVariation)
 
     def settings(self) -> dict[str, Any]:
         return {"name": "program", "share": self.share, "other": self.other.settings()}

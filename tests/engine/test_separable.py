@@ -85,7 +85,7 @@ class TestSeparableAlone(AlgorithmSuite):
 @pytest.mark.parametrize("make", [Profile, Separable])
 @pytest.mark.parametrize("name", ["real", "conditional"])
 def test_spaces_without_labels_are_refused_by_name(make: Any, name: str) -> None:
-    with pytest.raises(ConfigError, match="allowed for a separable program.*evolution"):
+    with pytest.raises(ConfigError, match=r"allowed for a separable program.*evolution"):
         make(SPACES[name]())
 
 
@@ -117,7 +117,7 @@ def evaluator_of(space: Space, noise: float = 0.0, mixed: float = 0.0) -> Functi
 
 
 def test_the_profile_has_the_reference_and_every_single_change() -> None:
-    space = Space(a=Choice("xyz"), n=Integer(0, 6, step=3), b=Choice("xyz"))
+    space = Space(a=Choice(tuple("xyz")), n=Integer(0, 6, step=3), b=Choice(tuple("xyz")))
     tied = Space(space.variables, constraints=[Tie(("a", "b"))])
     for some, count in ((space, 7), (tied, 5)):
         algorithm = Profile(some)
