@@ -32,12 +32,17 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         metavar="N",
         help="of a call whose worker died or was too slow (3 and 1)",
     )
-    for name, text in (
-        ("lag", "evaluations open at once; fixed when the run is opened (2 per worker)"),
-        ("chunk", "candidates per call of the evaluator; fixed when the run is opened"),
-    ):
-        if name not in taken:
-            group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    opened = "fixed when the run is opened"
+    if "lag" not in taken:
+        text = f"evaluations open at once, or free; {opened} (2 per worker)"
+        group.add_argument("--lag", type=_lag, metavar="N", help=text)
+    if "chunk" not in taken:
+        text = f"candidates per call of the evaluator; {opened}"
+        group.add_argument("--chunk", type=int, metavar="N", help=text)
+
+
+def _lag(text: str) -> int | str:
+    return text if text == "free" else int(text)
 
 
 def executor_options(given: argparse.Namespace) -> ExecutorOptions:
@@ -53,7 +58,7 @@ def with_pace(config: SearchConfig, given: argparse.Namespace) -> SearchConfig:
     """The configuration with the lag and the chunk that the options ask for."""
     lag, chunk = (getattr(given, name, None) for name in _PACE)
     if lag is not None:
-        config = replace(config, lag=int(lag))
+        config = replace(config, lag=lag)
     if chunk is not None:
         stages = tuple(replace(stage, chunk=None) for stage in config.stages)
         config = replace(config, chunk=int(chunk), stages=stages)
@@ -64,7 +69,9 @@ def check_pace(given: argparse.Namespace, pace: Mapping[str, Mapping[str, Any]] 
     """Raises ConfigError where a run was opened with another lag or chunk than is asked for."""
     for name in _PACE:
         wanted = getattr(given, name)
-        stored = sorted({stage[name] for stage in (pace or {}).values()})
+        stages = (pace or {}).values()
+        free = name == "lag" and any(stage.get("free") for stage in stages)
+        stored = ["free"] if free else sorted({stage[name] for stage in stages})
         if wanted is not None and stored and stored != [wanted]:
             raise ConfigError(
                 f"--{name} {wanted}; the run was opened with {', '.join(map(str, stored))}, and "

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,7 +57,7 @@ class Choice(Variable):
     def unit_values(self) -> Array:
         return np.arange(len(self.labels), dtype=self.dtype)[:, None]
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.uint8 if len(self.labels) <= 256 else np.uint32)
 
@@ -73,10 +74,11 @@ class Choice(Variable):
             return values
         # A step of 1..k-1 around the ring: uniform over the other labels, never the same one.
         # Few elements change, so only those are computed.
-        where = np.nonzero(mask)
-        step = 1 + (self._block(u)[where] * (k - 1)).astype(np.int64)
-        out = np.array(values, dtype=self.dtype)
-        out[where] = (out[where] + step) % k
+        where = np.flatnonzero(mask)
+        step = 1 + (self._block(u).take(where) * (k - 1)).astype(np.int64)
+        out = np.array(values, dtype=self.dtype, order="C")
+        flat = out.reshape(-1)
+        flat[where] = (flat[where] + step) % k
         return out
 
     def valid(self, values: Array, active: Array) -> Array:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
+_KEY = ROW_COLUMNS.index("key")
 _KEYS_AT_ONCE = 500  # keys of one look-up statement
 
 
@@ -61,11 +62,13 @@ class Run(Recorder):
         self._lost = False
         self._digests: dict[str, int] = {}  # registered for this run
         self._found: dict[str, int] = {}
+        self._mine: set[bytes] | None = None  # all keys in the database, where that is known
         with errors_named(where):
             self._connection: Connection = engine.connect()
             if owner is not None:
                 ids = self._read("SELECT id FROM records WHERE run = :run", run=self._run)
                 self._note(np.array([i for (i,) in ids], np.int64))
+                self._mine = None if ids else set()
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -105,7 +108,8 @@ class Run(Recorder):
                 return {}
             wanted = dict.fromkeys(keys)
             out: dict[bytes, Answer] = {}
-            listed = list(wanted)
+            written = self._all_keys()
+            listed = [key for key in wanted if written is None or key in written]
             for start in range(0, len(listed), _KEYS_AT_ONCE):
                 part = listed[start : start + _KEYS_AT_ONCE]
                 out |= self._stored_answers(
@@ -113,6 +117,13 @@ class Run(Recorder):
                 )
             missing = {key for key in wanted if key not in out or out[key].state != OK}
             return out | self._buffered(missing, row_id, fidelity, replicate, stage, pruned)
+
+    def _all_keys(self) -> set[bytes] | None:
+        """Every key in the database, if nobody else has written to it; None = not known."""
+        if self._mine is None:
+            return None
+        others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
+        return None if self._read(others, run=self._run) else self._mine
 
     def _stored_answers(
         self,
@@ -197,6 +208,8 @@ class Run(Recorder):
             with errors_named(self._where), self._transaction(write=True) as connection:
                 now = self._renew(connection, len(self._rows))
                 rows = [(run, *row) for row in self._rows]
+                if self._mine is not None:
+                    self._mine.update(key for row in self._rows if (key := row[_KEY]) is not None)
                 insert_rows(connection, schema.records, ("run", *ROW_COLUMNS), rows)
                 items = [(run, *item) for item in self._items]
                 insert_rows(connection, schema.items, ("run", "id", "dtype", "scores"), items)

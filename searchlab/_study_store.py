@@ -282,7 +282,8 @@ class Recorder(ABC):
             if (counts > 1).any():
                 raise self._repeated(int(unique[counts > 1][0]))
         # Pages of flags: ids are dense in places, and a final's lie far above the search's.
-        pages = np.unique(ids // _PAGE).tolist()
+        first, last = low // _PAGE, high // _PAGE
+        pages = [first] if first == last else np.unique(ids // _PAGE).tolist()
         parts = [(page, ids[ids // _PAGE == page] % _PAGE) for page in pages]
         for page, places in parts:
             flags = self._seen.get(page)

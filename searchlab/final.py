@@ -55,7 +55,8 @@ class Contender:
     """A candidate that the final may score, with all its values.
 
     Attributes:
-        population: one row.
+        among: the population that holds the candidate.
+        row: its row there.
         key: canonical key.
         origin: where it came from ("baseline:NAME", "vary", ...).
         group: value of the grouping cost, 0 without one.
@@ -66,7 +67,8 @@ class Contender:
         violation: sum of broken outcome constraints in the search; 0 = it meets them all.
     """
 
-    population: Population
+    among: Population
+    row: int
     key: bytes
     origin: str
     group: int
@@ -75,6 +77,11 @@ class Contender:
     selection: float = float("nan")
     report: tuple[float, ...] = ()
     violation: float = 0.0
+
+    @property
+    def population(self) -> Population:
+        """The candidate alone."""
+        return self.among.take(slice(self.row, self.row + 1))
 
     @property
     def kind(self) -> str:
@@ -96,20 +103,15 @@ def contenders(
     violation: NDArray[np.float64] | None = None,
 ) -> list[Contender]:
     """All successful candidates once; a baseline keeps its name where the search found it again."""
-    broken = np.zeros(len(keys)) if violation is None else violation
+    found = values.tolist()
+    bad = [0.0] * len(keys) if violation is None else violation.tolist()
     best: dict[bytes, Contender] = {}
     for row, key in enumerate(keys):
         known = best.get(key)
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population.take(slice(row, row + 1)),
-            key,
-            origin[row],
-            groups[row],
-            ids[row],
-            float(values[row]),
-            violation=float(broken[row]),
+            population, row, key, origin[row], groups[row], ids[row], found[row], violation=bad[row]
         )
     return list(best.values())
 

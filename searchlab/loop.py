@@ -227,7 +227,7 @@ class StageRun:
 
     def _open_group(self, jobs: Jobs, first_id: int, known: Known) -> None:
         n, end_id = len(jobs), first_id + self._q
-        void = np.setdiff1d(np.arange(first_id, end_id), jobs.ids).tolist()
+        void = [] if n == self._q else sorted({*range(first_id, end_id)} - {*jobs.ids.tolist()})
         group = Group(
             jobs,
             first_id,

@@ -282,15 +282,19 @@ def curve_of(
 ) -> dict[int, list[tuple[int, float]]]:
     """Best value so far per group, as (jobs told in the group, value) at every improvement."""
     out: dict[int, list[tuple[int, float]]] = {}
-    count: dict[int, int] = {}
     order = np.argsort(np.asarray(ids), kind="stable")
-    for row in order:
-        group, value = groups[row], values[row]
-        count[group] = count.get(group, 0) + 1
-        line = out.setdefault(group, [])
-        if np.isfinite(value) and (not line or sign * value < sign * line[-1][1]):
-            line.append((count[group], float(value)))
-    for group, line in out.items():
-        if line and line[-1][0] < count[group]:
-            line.append((count[group], line[-1][1]))
+    groups_in_order = np.asarray(groups)[order]
+    losses = sign * np.asarray(values, dtype=np.float64)[order]
+    losses[~np.isfinite(losses)] = np.inf
+    for group in dict.fromkeys(groups_in_order.tolist()):
+        here = losses[groups_in_order == group]
+        before = np.concatenate([[np.inf], np.minimum.accumulate(here)[:-1]])
+        better = np.flatnonzero(here < before)
+        line = [
+            (at + 1, sign * loss)
+            for at, loss in zip(better.tolist(), here[better].tolist(), strict=True)
+        ]
+        if line and line[-1][0] < len(here):
+            line.append((len(here), line[-1][1]))
+        out[group] = line
     return out

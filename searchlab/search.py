@@ -488,7 +488,7 @@ def search(
     database: str | Path | None = None,
     executor: str | Executor | None = None,
     workers: int | None = None,
-    lag: int | None = None,
+    lag: int | Literal["free"] | None = None,
     chunk: int | None = None,
     deadline: float | None = None,
     retries: int | None = None,
@@ -519,7 +519,8 @@ def search(
             worker), "processes" (the default of several), or an executor of your own.
         workers: how many candidates (chunks) are evaluated at once; 1 by default.
         lag: at most this many evaluations are open; 2 per worker by default. Runs of equal seed,
-            lag and chunk are equal, whatever their workers. Kept by the run.
+            lag and chunk are equal, whatever their workers. "free" = as many as there is room for:
+            never idle, and reproducible from the run's own records only. Kept by the run.
         chunk: candidates per call of the evaluator; kept by the run.
         deadline: seconds that one call of the evaluator may take; needs processes.
         retries: how often a call is repeated whose worker died or was too slow; needs processes.

@@ -281,7 +281,7 @@ def reopening(journal: Journal, quick: bool) -> None:
         f"reopening {n:,} records",
         {"seconds": round(seconds, 3), "next_proposal_equal": same},
         aims=[
-            Aim("seconds", seconds, "at most", 0.2 + 1.8 * n / 100_000),
+            Aim("seconds", seconds, "at most", 2.0),
             Aim("next proposal equal", float(same), "at least", 1),
         ],
     )

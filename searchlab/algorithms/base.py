@@ -245,8 +245,11 @@ class Algorithm:
                 at[row] += 1
 
         waiting: list[int] = []
-        for row in range(len(ids)):
-            settle(row)
+        for row, (key, i) in enumerate(zip(jobs.keys, ids, strict=True)):
+            if known(key, i) >= i and key not in holder:
+                holder[key] = row
+            else:
+                settle(row)
         while waiting:
             groups: dict[int, list[int]] = {}
             for row in sorted(waiting):
@@ -280,19 +283,23 @@ def _assembled(
 ) -> Jobs:
     """The group with the attempt that each row stands at; rows without one are left out."""
     columns = {name: np.array(column) for name, column in jobs.population.columns.items()}
-    origin, parents, keys = list(jobs.origin), np.array(jobs.parents), list(jobs.keys)
+    origin, keys = list(jobs.origin), list(jobs.keys)
+    assert jobs.parents is not None
+    parents = np.array(jobs.parents)
     moves: list[tuple[list[int], list[int]]] = [([], []) for _ in draws]
-    kept = []
+    void = []
     for row, attempt in enumerate(at):
-        if attempt == len(attempts[row]):
+        if not attempt:
             continue
-        kept.append(row)
-        if attempt:
-            number, place = source[row, attempt]
-            moves[number][0].append(row)
-            moves[number][1].append(place)
-            origin[row] = draws[number].origin[place]
-            keys[row] = attempts[row][attempt]
+        if attempt == len(attempts[row]):
+            void.append(row)
+            continue
+        number, place = source[row, attempt]
+        rows, places = moves[number]
+        rows.append(row)
+        places.append(place)
+        origin[row] = draws[number].origin[place]
+        keys[row] = attempts[row][attempt]
     for draw, (rows, places) in zip(draws, moves, strict=True):
         if rows:
             for name, column in columns.items():
@@ -305,7 +312,7 @@ def _assembled(
         origin=tuple(origin),
         parents=parents,
     )
-    return fresh if len(kept) == len(jobs) else fresh.take(kept)
+    return fresh.take(np.delete(np.arange(len(at)), void)) if void else fresh
 
 
 def no_parents(n: int) -> NDArray[np.int64]:

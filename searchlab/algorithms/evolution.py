@@ -199,6 +199,8 @@ class Evolution(Algorithm):
     def _draw(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw | None:
         start = self.first_id + len(self.seeds.population) + self.n_random
         usable = any(len(pool.ids) for pool in self._pools.values())
+        if usable and ids[0] >= start:
+            return self._vary(u, strength)
         random = (ids < start) | (not usable)
         if random.all():
             population = self.space.sample(u[:, 5 : 5 + self.space.sample_width])
@@ -219,44 +221,40 @@ class Evolution(Algorithm):
         if self.niche is None:
             pool = self._pools[_EVERYWHERE]
             count = self._parent_count(pool)
-            rows_a, rows_b = self._ranks(u[:, 2], count), self._ranks(u[:, 3], count)
-            return self._children(pool.population, pool.ids, rows_a, rows_b, u, strength, None)
+            rows = self._ranks(u[:, 2:4], count)
+            return self._children(pool.population, pool.ids, rows, u, strength, None)
         targets, homes = self._niches(u)
-        rows_a = np.empty(len(u), dtype=np.int64)
-        rows_b = np.empty(len(u), dtype=np.int64)
+        rows = np.empty((len(u), 2), dtype=np.int64)
         pools, offset = [], 0
         for value in np.unique(homes).tolist():
             pool = self._pools[value]
             here = homes == value
             count = self._parent_count(pool)
-            rows_a[here] = offset + self._ranks(u[here, 2], count)
-            rows_b[here] = offset + self._ranks(u[here, 3], count)
+            rows[here] = offset + self._ranks(u[here, 2:4], count)
             offset += len(pool.ids)
             pools.append(pool)
         population = Population.concat([pool.population for pool in pools])
         all_ids = np.concatenate([pool.ids for pool in pools])
-        return self._children(population, all_ids, rows_a, rows_b, u, strength, targets)
+        return self._children(population, all_ids, rows, u, strength, targets)
 
     def _children(
         self,
         population: Population,
         ids: NDArray[np.int64],
-        rows_a: NDArray[np.int64],
-        rows_b: NDArray[np.int64],
+        rows: NDArray[np.int64],
         u: NDArray[np.float64],
         strength: float,
         targets: NDArray[np.int64] | None,
     ) -> Draw:
         children = self.variation.vary(
             self.space,
-            population.take(rows_a),
-            population.take(rows_b),
+            population.take(rows[:, 0]),
+            population.take(rows[:, 1]),
             u[:, 5 : 5 + self._variation_width],
             strength=strength,
             targets=targets,
         )
-        parents = np.column_stack([ids[rows_a], ids[rows_b]])
-        return Draw(children, ["vary"] * len(u), parents)
+        return Draw(children, ["vary"] * len(u), ids[rows])
 
     def _niches(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The niche each child is meant for, and the niche its parents come from."""

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import DriverEnd, unpacked
@@ -191,18 +190,22 @@ class Supervisor:
     def _assign(self) -> None:
         """Gives the oldest tasks to workers that wait for one."""
         for worker in self._workers:
-            if not worker.ready or worker.task is not None:
-                continue
-            with self._lock:
-                if not self._tasks:
-                    return
-                task = self._tasks.popleft()
-            task.attempts += 1
-            task.begun = time.time()
-            worker.task = task
-            worker.until = time.monotonic() + self._deadline
-            assert worker.end is not None
-            worker.end.send(task.message)
+            if worker.ready and worker.task is None and not self._feed(worker):
+                return
+
+    def _feed(self, worker: _Worker) -> bool:
+        """Gives the oldest task to a worker; False when there is none."""
+        with self._lock:
+            if not self._tasks:
+                return False
+            task = self._tasks.popleft()
+        task.attempts += 1
+        task.begun = time.time()
+        worker.task = task
+        worker.until = time.monotonic() + self._deadline
+        assert worker.end is not None
+        worker.end.send(task.message)
+        return True
 
     def _listen(self) -> None:
         """Waits until something happens, and hears what the workers say."""
@@ -228,30 +231,34 @@ class Supervisor:
                 worker.end.flush()
             if event & ~select.POLLOUT:
                 for message in worker.end.read():
-                    self._hear(worker, message)
+                    self._hear(worker, message, ended=worker.end.closed)
 
-    def _hear(self, worker: _Worker, message: bytes) -> None:
+    def _hear(self, worker: _Worker, message: bytes, *, ended: bool) -> None:
+        task = worker.task
+        if task is not None:  # an answer: the worker goes on before anybody reads it
+            worker.task, worker.until = None, math.inf
+            if not ended:
+                self._feed(worker)
+            self._take(worker, task, message)
+            return
         try:
             kind, *parts = unpacked(message)
-        except Exception as error:  # something that only the worker could import
-            reason = f"the answer cannot be read: {type(error).__name__}: {error}"
-            kind, parts = "unread", [" ".join(reason.split())]
+        except Exception as error:
+            kind, parts = "broken", ["boot", type(error).__name__, " ".join(str(error).split())]
         if kind == "ready":
             worker.ready, worker.starts = True, 0
             self._announce()
         elif kind == "broken":
             worker.broken = Broken(*parts)
-        elif worker.task is not None:
-            self._finish(worker, kind, parts)
 
-    def _finish(self, worker: _Worker, kind: str, parts: list[Any]) -> None:
-        task = worker.task
-        assert task is not None
-        worker.task, worker.until = None, math.inf
-        if kind == "unread":
-            self._fail(task, worker, parts[0])
+    def _take(self, worker: _Worker, task: Task, message: bytes) -> None:
+        """Hands on what a worker answered."""
+        try:
+            _, evaluations, started, finished, raised = unpacked(message)
+        except Exception as error:  # something that only the worker could import
+            reason = f"the answer cannot be read: {type(error).__name__}: {error}"
+            self._fail(task, worker, " ".join(reason.split()))
             return
-        evaluations, started, finished, raised = parts
         self.busy_s += finished - started
         if raised and self._again(task, "error"):
             return
@@ -303,7 +310,7 @@ class Supervisor:
             elif worker.end is None or worker.end.closed or _has_ended(worker.process):
                 if worker.end is not None and not worker.end.closed:
                     for message in worker.end.read():  # what it said before it ended
-                        self._hear(worker, message)
+                        self._hear(worker, message, ended=True)
                 self._bury(worker)
 
     def _bury(self, worker: _Worker) -> None:

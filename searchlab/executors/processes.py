@@ -19,6 +19,7 @@ from searchlab.executors.base import Chunk, Done, Usage
 
 __all__ = ["ProcessExecutor", "Retries"]
 
+SWITCH = 5e-4  # seconds that the thread of the workers waits for the driver's at most
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _WAYS_OUT = (
     "allowed: a function at the top level of a module that can be imported, such a function "
@@ -67,6 +68,7 @@ class ProcessExecutor:
         self._open = 0  # submitted and not returned by `wait`
         self._began: float | None = None
         self._closed_usage: Usage | None = None
+        self._interval = sys.getswitchinterval()
 
     def check(self, evaluators: tuple[Evaluator, ...]) -> None:
         """Raises ConfigError naming an evaluator that cannot be sent to a worker."""
@@ -104,6 +106,8 @@ class ProcessExecutor:
             retries=self._retries,
             environment={**os.environ, **dict.fromkeys(_THREAD_SETTINGS, str(self._threads))},
         )
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._interval, SWITCH))  # workers wait for the other thread
         atexit.register(self.close)
         try:
             broken = self._supervisor.opened.get()
@@ -168,6 +172,7 @@ class ProcessExecutor:
         self._supervisor.stop()
         self._closed_usage = self.usage()
         self._supervisor = None
+        sys.setswitchinterval(self._interval)
         atexit.unregister(self.close)
 
     def _running(self) -> Supervisor:
