@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._exact import Found
-from searchlab._label_program import NODES, LabelProgram
+from searchlab._label_program import NODES, Many
 from searchlab.errors import ConfigError
 
-__all__ = ["MOST_SETS", "Many", "solve_many_budgets"]
+__all__ = ["MOST_SETS", "solve_many_budgets"]
 
 Array = NDArray[Any]
 
@@ -36,64 +36,6 @@ BLOCK = 32  # elements of a block where nothing else groups them
 SMALL = 1500  # binaries of a program that HiGHS finishes by itself
 _AT_ONCE = 4_000_000  # entries of the table of sets
 _FAR = 1e4  # price of leaving a budget, in units of the largest loss per unit of budget
-
-
-@dataclass(frozen=True)
-class Many:
-    """A separable program with budgets in units of their own room.
-
-    Attributes:
-        losses: float64 (e, k), each row's least is 0; +inf where a label is not allowed.
-        costs: float64 (b, e, k).
-        lower, upper: float64 (b,); -inf and inf allowed.
-        groups: int64 (e,), 0 .. g - 1; None = no limit.
-        most: how many distinct labels a group may take.
-    """
-
-    losses: NDArray[np.float64]
-    costs: NDArray[np.float64]
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    groups: NDArray[np.int64] | None = None
-    most: int = 0
-
-    def keeps(self, labels: Array) -> bool:
-        """Whether a plan keeps budgets and limit."""
-        own = np.arange(len(labels))
-        spent = self.costs[:, own, labels].sum(axis=1)
-        room = 1e-9 * np.maximum(1.0, np.abs(spent))
-        if (spent > self.upper + room).any() or (spent < self.lower - room).any():
-            return False
-        if self.groups is None:
-            return True
-        pairs = np.unique(np.stack([self.groups, labels]), axis=1)
-        return bool((np.bincount(pairs[0]) <= self.most).all())
-
-    def lean(self) -> Many:
-        """Without labels that another one replaces at no cost, wherever it can stand."""
-        if np.isfinite(self.lower).any():  # a dearer label may be the one that is needed
-            return self
-        losses = np.array(self.losses)
-        for k in range(losses.shape[1]):
-            for other in range(losses.shape[1]):
-                if other == k:
-                    continue
-                worse = losses[:, other] <= losses[:, k]
-                worse &= (self.costs[:, :, other] <= self.costs[:, :, k]).all(axis=0)
-                worse &= np.isfinite(losses[:, k])
-                if self.groups is None:
-                    losses[worse, k] = np.inf
-                elif worse[np.isfinite(losses[:, k])].all():
-                    losses[:, k] = np.inf
-                    break
-        return replace(self, losses=losses)
-
-    def program(self, allowed: Array, limit: float = np.inf) -> LabelProgram:
-        """The integer program over some of the labels."""
-        return LabelProgram(self.losses, self.costs, self.lower, self.upper, allowed, limit)
-
-    def loss(self, labels: Array) -> float:
-        return float(self.losses[np.arange(len(labels)), labels].sum())
 
 
 def solve_many_budgets(problem: Many, gap: float) -> Found:
@@ -176,8 +118,9 @@ class Generation:
 
     def __init__(self, problem: Many) -> None:
         self.problem = problem
-        e, k = problem.losses.shape
-        self.limited = problem.groups is not None and problem.most < k
+        e = len(problem.losses)
+        self.labels = np.flatnonzero(np.isfinite(problem.losses).any(axis=0))
+        self.limited = problem.groups is not None and problem.most < len(self.labels)
         if problem.groups is not None and self.limited:
             self.blocks = problem.groups
         else:
@@ -186,7 +129,7 @@ class Generation:
         sizes = np.bincount(self.blocks)
         self.starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self.members = np.split(self.order, self.starts[1:])
-        self.sets = self._sets(k)
+        self.sets = self._sets()
         self.open = np.ones((len(sizes), 0 if self.sets is None else len(self.sets)), dtype=bool)
         self.columns = _Columns()
         finite = problem.losses[np.isfinite(problem.losses)]
@@ -195,16 +138,17 @@ class Generation:
         self.empty = False
         self.prices = np.zeros(len(problem.upper))
 
-    def _sets(self, k: int) -> NDArray[np.int64] | None:
+    def _sets(self) -> NDArray[np.int64] | None:
         if not self.limited:
             return None
+        k = len(self.labels)
         count = math.comb(k, self.problem.most)
         if count > MOST_SETS:
             raise ConfigError(
                 f"at most {self.problem.most} of {k} labels per group are {count} sets; allowed: "
                 f"{MOST_SETS} (a lower limit, or fewer labels)"
             )
-        return np.array(list(itertools.combinations(range(k), self.problem.most)))
+        return np.array(list(itertools.combinations(self.labels, self.problem.most)))
 
     # -- prices to columns ----------------------------------------------------------------------
 
@@ -287,10 +231,10 @@ class Generation:
     def _generate(self, close: float, rounds: int) -> tuple[Array, float]:
         """Weights of all columns in the master, and by how much it leaves the budgets."""
         for _ in range(rounds):
-            value, prices, weights, left = self._master()
+            reached, prices, weights, outside = self._master()
             labels, least = self._best_columns(prices)
             proved = self._note(prices, least)
-            if not self._take(labels) or value - proved <= max(close, 1e-7) * value + 1e-12:
+            if not self._take(labels) or reached - proved <= max(close, 1e-7) * reached + 1e-12:
                 break
         return weights, outside
 
@@ -352,14 +296,13 @@ class Generation:
         rows = np.concatenate([part[np.isfinite(end)] for part, end in ends])
         limits = np.concatenate([end[np.isfinite(end)] for _, end in ends])
         n, m = len(self.columns.loss), len(limits)
-        far = np.full(m, np.inf)
         answer = linprog(
             np.concatenate([self.columns.loss, np.full(m, _FAR * self.unit)]),
             A_ub=hstack([csr_matrix(rows), csr_matrix(-np.eye(m))], format="csr"),
             b_ub=limits,
             A_eq=hstack([ones, csr_matrix((len(self.members), m))], format="csr"),
             b_eq=np.ones(len(self.members)),
-            bounds=np.stack([np.zeros(n + m), np.concatenate([self._usable(), far])], axis=1),
+            bounds=[(0.0, most) for most in [*self._usable().tolist(), *[np.inf] * m]],
             method="highs",
         )
         duals = np.maximum(-answer.ineqlin.marginals, 0.0)
@@ -380,14 +323,14 @@ class Generation:
         chosen = self.sets[self.open[fixed].argmax(axis=1)]
         allowed[fixed[:, None], chosen] = True
         outside = np.array(self.columns.used) & ~allowed[np.array(self.columns.block)]
-        return (~outside.any(axis=1)).astype(np.float64)
+        return np.asarray(~outside.any(axis=1), dtype=np.float64)
 
     # -- from the bound to a plan ---------------------------------------------------------------
 
     def reduced(self) -> Array:
         """What every label costs under the best prices beyond its element's best; no limit."""
         priced = self._priced(self.prices)
-        return priced - priced.min(axis=1, keepdims=True)
+        return np.asarray(priced - priced.min(axis=1, keepdims=True))
 
     def improved(self, plan: Array, gap: float) -> NDArray[np.int64]:
         """A plan of columns near the bound, by an integer program over them; `plan` where none.
@@ -446,9 +389,11 @@ class Generation:
         room = reach * (1 + 1e-9) + 1e-12
         priced = self._priced(prices)
         if self.sets is None:
-            return allowed & (priced - priced.min(axis=1, keepdims=True) <= room)
+            near: NDArray[np.bool_] = priced - priced.min(axis=1, keepdims=True) <= room
+            return allowed & near
         sums = self._set_sums(priced[self.order])
         block, number = np.nonzero(sums - sums.min(axis=1, keepdims=True) <= room)
         used = np.zeros((len(sums), allowed.shape[1]), dtype=bool)
         used[block[:, None], self.sets[number]] = True
-        return allowed & used[self.blocks]
+        allowed &= used[self.blocks]
+        return allowed

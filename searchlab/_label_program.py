@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NODES", "LabelProgram"]
+__all__ = ["NODES", "LabelProgram", "Many"]
 
 Array = NDArray[Any]
 
@@ -121,6 +121,64 @@ class LabelProgram:
         table = np.full(self.allowed.shape, -1.0)
         table[self._places] = x
         return np.asarray(table.argmax(axis=1), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Many:
+    """A separable program with budgets in units of their own room.
+
+    Attributes:
+        losses: float64 (e, k), each row's least is 0; +inf where a label is not allowed.
+        costs: float64 (b, e, k).
+        lower, upper: float64 (b,); -inf and inf allowed.
+        groups: int64 (e,), 0 .. g - 1; None = no limit.
+        most: how many distinct labels a group may take.
+    """
+
+    losses: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    groups: NDArray[np.int64] | None = None
+    most: int = 0
+
+    def keeps(self, labels: Array) -> bool:
+        """Whether a plan keeps budgets and limit."""
+        own = np.arange(len(labels))
+        spent = self.costs[:, own, labels].sum(axis=1)
+        room = 1e-9 * np.maximum(1.0, np.abs(spent))
+        if (spent > self.upper + room).any() or (spent < self.lower - room).any():
+            return False
+        if self.groups is None:
+            return True
+        pairs = np.unique(np.stack([self.groups, labels]), axis=1)
+        return bool((np.bincount(pairs[0]) <= self.most).all())
+
+    def lean(self) -> Many:
+        """Without labels that another one replaces at no cost, wherever it can stand."""
+        if np.isfinite(self.lower).any():  # a dearer label may be the one that is needed
+            return self
+        losses = np.array(self.losses)
+        for k in range(losses.shape[1]):
+            for other in range(losses.shape[1]):
+                if other == k:
+                    continue
+                worse = losses[:, other] <= losses[:, k]
+                worse &= (self.costs[:, :, other] <= self.costs[:, :, k]).all(axis=0)
+                worse &= np.isfinite(losses[:, k])
+                if self.groups is None:
+                    losses[worse, k] = np.inf
+                elif worse[np.isfinite(losses[:, k])].all():
+                    losses[:, k] = np.inf
+                    break
+        return replace(self, losses=losses)
+
+    def program(self, allowed: Array, limit: float = np.inf) -> LabelProgram:
+        """The integer program over some of the labels."""
+        return LabelProgram(self.losses, self.costs, self.lower, self.upper, allowed, limit)
+
+    def loss(self, labels: Array) -> float:
+        return float(self.losses[np.arange(len(labels)), labels].sum())
 
 
 def _milp(
