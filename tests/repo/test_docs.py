@@ -18,8 +18,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Tests of their own run these pages, with the files and runs that their blocks speak of.
 ELSEWHERE = {"external.md"}
 PAGES = sorted(
-    path.name
-    for path in DOCS.glob("*.md")
+    path.relative_to(DOCS).as_posix()
+    for path in DOCS.rglob("*.md")
     if BLOCK.search(path.read_text("utf-8")) and path.name not in ELSEWHERE
 )
 
