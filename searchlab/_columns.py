@@ -262,14 +262,13 @@ class Generation:
                 shares[number] = int(share.argmax()), float(share.max())
             if not shares:
                 break
-            most = max(share for _, share in shares.values())
-            for number, (chosen, share) in shares.items():
-                if share >= min(most, 0.999):
+            most = max(part for _, part in shares.values())
+            for number, (chosen, part) in shares.items():
+                if part >= min(most, 0.999):
                     self.open[number] = False
                     self.open[number, chosen] = True
         self.bound, self.prices = bound, prices  # what fixed sets prove holds for them only
-        chosen = member[self.open.argmax(axis=1)]
-        out: NDArray[np.bool_] = chosen[self.blocks]
+        out: NDArray[np.bool_] = member[self.open.argmax(axis=1)][self.blocks]
         return out
 
     def _note(self, prices: Array, least: Array) -> float:
@@ -311,7 +310,8 @@ class Generation:
             for b in np.flatnonzero(np.isfinite(end)):
                 prices[b] += sign * duals[at]
                 at += 1
-        return float(answer.fun), prices, answer.x[:n], float(answer.x[n:].sum())
+        weights: Any = answer.x
+        return float(answer.fun or 0.0), prices, weights[:n], float(weights[n:].sum())
 
     def _usable(self) -> Array:
         """1 for the columns that the open sets allow, else 0."""
@@ -368,12 +368,11 @@ class Generation:
         for number, (rows, labels) in enumerate(zip(self.members, found, strict=True)):
             losses[number, : len(labels)] = self.problem.losses[rows, labels].sum(axis=1)
             costs[:, number, : len(labels)] = self.problem.costs[:, rows, labels].sum(axis=2)
-        program = Many(losses, costs, self.problem.lower, self.problem.upper)
-        program = program.lean()
         limit = self.problem.loss(plan)
-        some, _ = program.program(np.isfinite(program.losses), limit).solve(
-            gap=gap / 2, nodes=COLUMN_NODES
-        )
+        priced = losses + np.tensordot(self.prices, costs, axes=1)
+        near = priced - priced.min(axis=1, keepdims=True) <= limit - self.bound
+        program = Many(losses, costs, self.problem.lower, self.problem.upper)
+        some, _ = program.program(near, limit).solve(gap=gap / 2, nodes=COLUMN_NODES)
         out = np.array(plan)
         if some is not None:
             for number, rows in enumerate(self.members):

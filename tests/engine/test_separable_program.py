@@ -311,3 +311,18 @@ def test_fronts_of_the_measured_table(
     x = (front.costs - front.costs[0]) / (costs.max(axis=1).sum() - front.costs[0])
     y = (front.losses - front.losses[-1]) / (front.losses[0] - front.losses[-1])
     assert float((np.diff(np.append(x, 1.0)) * (1 - y)).sum()) == pytest.approx(volume, abs=1e-6)
+
+
+def test_highs_takes_over_where_states_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    import searchlab._exact as exact
+
+    rng = np.random.default_rng(4)
+    losses, costs = rng.random((40, 4)), rng.random((40, 4))
+    limit = Limit(costs, upper=14.0)
+    wanted = SeparableProgram(losses, [limit]).solve()
+    assert wanted.gap == 0
+    monkeypatch.setattr(exact, "MOST_STATES", 3)
+    answer = SeparableProgram(losses, [limit]).solve()
+    assert answer.costs["budget"] <= 14 + 1e-9
+    assert answer.bound <= wanted.loss + 1e-9
+    assert answer.loss == pytest.approx(wanted.loss, rel=1e-6)
