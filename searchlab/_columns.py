@@ -350,12 +350,15 @@ class Generation:
             for some in self.sets[order[sums[number, order] <= sums[number].min() + room]]:
                 part = np.sort(priced[rows][:, some], axis=1)
                 rank = some[np.argsort(priced[rows][:, some], axis=1, kind="stable")]
-                delta = part[:, 1] - part[:, 0]
+                delta = part[:, min(1, len(some) - 1)] - part[:, 0]
                 cheap = np.argsort(delta, kind="stable")[:FLIPS]
+                cheap = cheap[np.isfinite(delta[cheap]) & (len(some) > 1)]
                 use = flips[: 2 ** len(cheap), : len(cheap)]
                 use = use[use @ delta[cheap] + part[:, 0].sum() <= sums[number].min() + room / 2]
                 block = np.repeat(rank[:, 0][None], len(use), axis=0)
-                block[:, cheap] = np.where(use == 1, rank[cheap, 1], rank[cheap, 0])
+                block[:, cheap] = np.where(
+                    use == 1, rank[cheap, min(1, len(some) - 1)], rank[cheap, 0]
+                )
                 parts.append(block)
             found.append(np.unique(np.concatenate(parts), axis=0))
         return self._combined(found, plan, gap)
