@@ -48,7 +48,7 @@ class CommandEvaluator:
         command: with the placeholders {plan} {out} {fidelity} {seed} {id}, each of which is one
             argument or part of one; `{{word}}` stands for a literal {word}. {plan} and {out} must
             occur.
-        objectives: what it reports; the first one steers the search.
+        objectives: what it reports; several are traded off unless the stage names one that steers.
         constraints: bounds on what it reports.
         fidelities: handed to it by name; the last is the truth.
         by_shell: run by /bin/sh instead of directly; placeholders are quoted.

@@ -19,7 +19,7 @@ class ToldEvaluator:
     """Says what `searchlab tell` will bring; evaluates nothing by itself.
 
     Args:
-        objectives: what results report; the first one steers the search.
+        objectives: what results report; several are traded off unless one of them steers.
         constraints: bounds on what results report.
         fidelities: handed out by name; the last is the truth.
         seed: from which the seed of every replicate is made.

@@ -1,8 +1,7 @@
 """Recipes for evaluators that are other programs: `command` runs them, `ask` waits for results.
 
-Both read a space file and search it with the default evolution. The first objective steers; all
-others, and the constraints, are recorded with every candidate, and candidates that meet the
-constraints come first.
+Both read a space file and search it with the algorithm that `auto` chooses. All objectives and
+constraints are recorded with every candidate, and candidates that meet the constraints come first.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from searchlab.errors import ConfigError, SpaceError
+from searchlab.auto import AUTO, parse_baselines
+from searchlab.config import ALGORITHMS, known_names
+from searchlab.errors import ConfigError, SpaceError, unknown_name
 from searchlab.external import (
     load_json,
     parse_fidelity,
@@ -26,6 +27,7 @@ from searchlab.recipes import Recipe
 
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
+    from searchlab.auto import BaselineRule
     from searchlab.config import SearchConfig
     from searchlab.evaluator import Evaluator, Fidelity, Objective
     from searchlab.outcomes import Constraint
@@ -45,12 +47,17 @@ class _Options:
     """What both recipes have. Files are read once: their content becomes part of the options."""
 
     space: str = _option("", "space file (YAML)")
-    objective: tuple[str, ...] = _option((), "NAME:min or NAME:max; repeatable, the first steers")
+    objective: tuple[str, ...] = _option(
+        (), "NAME:min or NAME:max; repeatable: several give a front"
+    )
+    steer: str | None = _option(None, "name of the one objective to optimise; others are recorded")
+    reference: tuple[str, ...] = _option((), "NAME=VALUE from which hypervolumes are measured")
     constraint: tuple[str, ...] = _option((), "NAME>=BOUND or NAME<=BOUND; repeatable")
     fidelity: tuple[str, ...] = _option((), "NAME:COST, cheapest first; repeatable")
     baseline: tuple[str, ...] = _option((), "JSON file of known candidates; repeatable")
     budget: int | None = _option(None, "evaluations to pay for, baselines apart")
-    algorithm: Literal["evolution", "random"] = _option("evolution", "evolution or random")
+    algorithm: str = _option("auto", "a registered name, or auto: by space, budget and objectives")
+    baselines: str = _option("auto", "auto (a third of the budget at most), all, none or names")
     seed: int = _option(0, "the one seed of the search")
     data_seed: int = _option(0, "seed handed to the program, the same for searches to be compared")
 
@@ -61,6 +68,10 @@ class _Options:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         if self.budget is not None and self.budget < 0:
             raise ConfigError(f"budget {self.budget}; allowed: 0 or more")
+        known = [AUTO, *known_names(ALGORITHMS, "algorithm")]
+        if self.algorithm not in known:
+            raise unknown_name("algorithm", self.algorithm, known)
+        self.rule()
         if not 0 <= self.data_seed < 2**40:
             raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
         if not self.space.lstrip().startswith("{"):
@@ -70,16 +81,25 @@ class _Options:
         object.__setattr__(self, "baseline", content)
         self.parts()
 
+    def rule(self) -> BaselineRule:
+        """Which baselines are scored. Raises ConfigError."""
+        return parse_baselines(self.baselines)
+
     def parts(self) -> _Parts:
         """The texts as what they stand for. Raises ConfigError or SpaceError naming them."""
         fidelities = tuple(map(parse_fidelity, self.fidelity)) or (_full(),)
         costs = [fidelity.cost for fidelity in fidelities]
         if costs != sorted(costs):
             raise ConfigError(f"fidelities cost {costs}; allowed: cheapest first, the truth last")
+        objectives = tuple(map(parse_objective, self.objective))
+        names = [objective.name for objective in objectives]
+        if self.steer is not None and self.steer not in names:
+            raise unknown_name("objective", self.steer, names)
         return _Parts(
-            tuple(map(parse_objective, self.objective)),
+            objectives,
             tuple(map(parse_constraint, self.constraint)),
             fidelities,
+            _reference(self.reference, names),
         )
 
 
@@ -88,6 +108,23 @@ class _Parts:
     objectives: tuple[Objective, ...]
     constraints: tuple[Constraint, ...]
     fidelities: tuple[Fidelity, ...]
+    reference: dict[str, float] | None
+
+
+def _reference(texts: Sequence[str], names: Sequence[str]) -> dict[str, float] | None:
+    """Reads NAME=VALUE. Raises ConfigError naming the text."""
+    out: dict[str, float] = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            found = ""
+        if not found or name not in names:
+            raise ConfigError(
+                f"reference {text!r}; allowed: NAME=VALUE for each of {', '.join(names)}"
+            )
+    return out or None
 
 
 def _full() -> Fidelity:
@@ -219,6 +256,8 @@ def build(options: CommandOptions) -> SearchConfig:
                 seeds=seeds,
                 adopt=AdoptBest(max(1, options.screen // 4)) if index else None,
                 chunk=1,
+                baselines=options.rule(),
+                steer=options.steer,
             )
         )
     stages.append(
@@ -231,6 +270,8 @@ def build(options: CommandOptions) -> SearchConfig:
             seeds=seeds,
             adopt=AdoptBest(max(1, options.screen // 4)) if cheaper else None,
             chunk=1,
+            baselines=options.rule(),
+            steer=options.steer,
         )
     )
     final = None
@@ -244,6 +285,7 @@ def build(options: CommandOptions) -> SearchConfig:
         final=final,
         recipe=RECIPE.name,
         options=asdict(options),
+        reference=parts.reference,
     )
 
 
@@ -271,9 +313,16 @@ def build_ask(options: AskOptions) -> SearchConfig:
         Budget(options.budget),
         seeds=_seeds(options, space),
         chunk=1,
+        baselines=options.rule(),
+        steer=options.steer,
     )
     return SearchConfig(
-        (stage,), name=ASK.name, seed=options.seed, recipe=ASK.name, options=asdict(options)
+        (stage,),
+        name=ASK.name,
+        seed=options.seed,
+        recipe=ASK.name,
+        options=asdict(options),
+        reference=parts.reference,
     )
 
 
@@ -289,11 +338,12 @@ def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
     if not rows:
         return ()
     names = ", ".join(f"{o.name} ({o.direction})" for o in stage.evaluator.objectives)
+    steered = f" The search was steered by {stage.steer}." if stage.steer else ""
     return (
         Section(
             "Trade-offs",
-            f"Candidates that meet the constraints and that none beats in all of: {names}. The "
-            "search was steered by the first of them.",
+            f"Candidates that meet the constraints and that none beats in all of: {names}."
+            + steered,
             table=rows,
         ),
     )

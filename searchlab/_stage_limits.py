@@ -22,7 +22,7 @@ class Limits:
 
     def __init__(self, stage: Stage) -> None:
         self._budget = stage.budget
-        self._sign = 1.0 if stage.evaluator.objectives[0].direction == "min" else -1.0
+        self._sign = stage.sign
         # A number of devices; a command names the ones it may see, separated by commas.
         devices = getattr(stage.evaluator, "devices", None)
         self._devices = len(devices.split(",")) if isinstance(devices, str) else int(devices or 1)

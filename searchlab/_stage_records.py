@@ -53,14 +53,14 @@ class Group:
         origin = self.jobs.origin or ("",) * len(self.jobs)
         self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
 
-    def answers_until(self, stop: int) -> Told:
+    def answers_until(self, stop: int, stage: Stage) -> Told:
         """The answers of the rows that were not told yet, up to `stop`; they are told now."""
         rows = slice(self.told, stop)
         self.told = stop
         return Told(
             self.jobs.ids[rows],
             self.jobs.population.take(rows),
-            self.losses[rows],
+            self.losses[rows] if stage.steer is None else self.losses[rows][:, [stage.main]],
             self.violation[rows],
         )
 
@@ -172,7 +172,8 @@ def stage_answers(store: Store, stage: Stage, index: int) -> Answers:
     records = store.records()
     known = Known(records.take(np.flatnonzero(records.stage == index)), stage)
     jobs = known.jobs
-    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation)
+    main = None if stage.trades else stage.main
+    return Answers(stage.space, jobs.population, jobs.origin, known.losses, known.violation, main)
 
 
 # -- verify -------------------------------------------------------------------------------------

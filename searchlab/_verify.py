@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from searchlab.auto import settled
 from searchlab.config import Budget, SearchConfig
 from searchlab.errors import StudyError
 from searchlab.loop import StageRun
@@ -25,6 +26,7 @@ def verify(config: SearchConfig, store: Store) -> list[str]:
 
     if store.get_meta("pace") is None:
         raise StudyError(f"run {store.name!r} has no records to verify")
+    config = settled(config, store)
     begun: dict[str, dict[str, Any]] = store.get_meta("pace")
     out: list[str] = []
     for index, stage in enumerate(config.stages):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from searchlab._stage_best import FrontSize
     from searchlab.executors.base import Done, Usage
 
 __all__ = ["Callback", "Progress"]
@@ -13,7 +14,11 @@ __all__ = ["Callback", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback hears after every recorded batch; `best` is in the user's sign."""
+    """What a callback hears after every recorded batch; `best` is in the user's sign.
+
+    `chosen` is the algorithm that `auto` settled on, and why; empty where it was named. `front` is
+    what there is where several objectives are traded off; `best` is empty then.
+    """
 
     stage: str
     issued: int
@@ -26,11 +31,14 @@ class Progress:
     best: dict[int, float]
     done: tuple[Done, ...] = ()
     usage: Usage | None = None
+    chosen: str = ""
+    front: FrontSize | None = None
 
     def scalars(self) -> dict[str, float]:
         """The figures as one flat mapping, as loggers want them.
 
-        The best value is "best", or "best/GROUP" where there are groups. `finished` is a good step
+        The best value is "best", or "best/GROUP" where there are groups; of several objectives
+        there are "front" (how many candidates) and "hypervolume". `finished` is a good step
         number: it grows with every call of a stage.
         """
         out: dict[str, float] = {
@@ -42,6 +50,10 @@ class Progress:
         }
         for group, value in sorted(self.best.items()):
             out["best" if list(self.best) == [0] else f"best/{group}"] = value
+        if self.front is not None:
+            out["front"] = self.front.members
+            if self.front.hypervolume is not None:
+                out["hypervolume"] = self.front.hypervolume
         return out
 
 

@@ -272,9 +272,9 @@ def _counts_line(result: Result) -> str:
         tail += f"; {usage['workers']} workers {100 * usage['utilisation']:.0f} % busy"
         lost = usage["deaths"] + usage["timeouts"]
         tail += f", {lost} lost" if lost else ""
-    return f"\n{counts}; seed {result.meta['seed']}{tail}" + (
-        f"; stopped by {stop}" if stop else ""
-    )
+    tail += f"; stopped by {stop}" if stop else ""
+    proposed = "".join(f"\n{stage}: {text}" for stage, text in result.meta["algorithm"].items())
+    return f"\n{counts}; seed {result.meta['seed']}{tail}{proposed}"
 
 
 def _dry_run(recipe: Recipe, chosen: Any, name: str, out: Path, database: str) -> int:

@@ -103,11 +103,14 @@ class Comparison:
     def sentence(self) -> str:
         """What the comparison comes to; winners count where they could be paired."""
         winners = [part for part in self.pairings if part.group is not None]
+        winners = winners or [part for part in self.pairings if part.what.startswith("hypervolume")]
         parts = []
         for part in winners or self.pairings:
             where = ""
-            if part.group is None:
-                where = "on common candidates "
+            if part.what.startswith("hypervolume"):
+                where = f"{part.what} "
+            elif part.group is None:
+                where = part.what.replace("common", "on common") + " "
             elif self.group_by:
                 where = f"{self.group_by} {part.group}: "
             half = part.gain.half
@@ -163,22 +166,34 @@ def compare(first: Outcome, second: Outcome, *, alpha: float = 0.05) -> Comparis
         StudyError: nothing can be compared; says why.
     """
     names = f"runs {first.name!r} and {second.name!r}"
+    if first.trades != second.trades:
+        listed = [", ".join(name for name, _ in o.trades) or o.objective for o in (first, second)]
+        raise StudyError(
+            f"nothing to compare between {names}: their objectives are {listed[0]} and {listed[1]}"
+        )
     if (first.objective, first.sign) != (second.objective, second.sign):
         raise StudyError(
             f"nothing to compare between {names}: their objectives are {_goal(first)} and "
             f"{_goal(second)}"
         )
     notes: list[str] = []
-    pairings = _winners(first, second, alpha, notes)
-    common = _candidates(first, second, notes)
-    if common is not None:
-        pairings.append(_paired("common candidates", None, "candidates", common, first.sign, alpha))
+    if first.trades or second.trades:
+        pairings = _fronts(first, second, alpha, notes)
+    else:
+        pairings = _winners(first, second, alpha, notes)
+    columns = [(o, sign, column) for column, (o, sign) in enumerate(first.trades)]
+    for objective, sign, column in columns or [("", first.sign, -1)]:
+        common = _candidates(first, second, notes, column)
+        if common is None:
+            break
+        what = f"common candidates, {objective}" if objective else "common candidates"
+        pairings.append(_paired(what, None, "candidates", common, sign, alpha))
     if not pairings:
         raise StudyError(f"nothing to compare between {names}: {'; '.join(notes)}")
     return Comparison(
         first.name if first.name != second.name else "first",
         second.name if first.name != second.name else "second",
-        first.objective,
+        ", ".join(name for name, _ in first.trades) or first.objective,
         str(second.result.get("group_by", "")),
         tuple(pairings),
         tuple(notes),
@@ -230,6 +245,61 @@ def _winners(first: Outcome, second: Outcome, alpha: float, notes: list[str]) ->
     return out
 
 
+def _fronts(first: Outcome, second: Outcome, alpha: float, notes: list[str]) -> list[Pairing]:
+    """Hypervolumes of both fronts from the farther of the two reference points."""
+    from searchlab.fronts import hypervolume
+
+    signs = np.array([sign for _, sign in first.trades])
+    names = [name for name, _ in first.trades]
+    points = [
+        signs * [float(o.result["trade_offs"]["reference"][name]) for name in names]
+        for o in (first, second)
+    ]
+    point = np.max(points, axis=0)
+    out = []
+    reported = [_reported(outcome) for outcome in (first, second)]
+    differs = _difference(_report_identity(first), _report_identity(second))
+    if not all(reported):
+        notes.append("not both have members of the front on the report split")
+    elif differs:
+        notes.append(f"the report splits are of other evaluators ({differs})")
+    else:
+        columns = [
+            [
+                hypervolume(_whole(np.array(values, dtype=np.float64) * signs), point)
+                for values in zip(*rows, strict=True)
+            ]
+            for rows in reported
+        ]
+        pair = _finite(*columns)
+        out.append(_paired("hypervolume", None, "report replicates", pair, -1.0, alpha))
+    search = [
+        hypervolume(_whole(np.array(o.result["front"], dtype=np.float64) * signs), point)
+        for o in (first, second)
+        if o.result["front"]
+    ]
+    if len(search) == 2:
+        values = np.array(search)
+        pair = values[:1], values[1:]
+        out.append(_paired("hypervolume in the search", None, "fronts", pair, -1.0, alpha))
+    else:
+        notes.append("not both have a front")
+    return out
+
+
+def _whole(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    return losses[np.isfinite(losses).all(axis=1)]
+
+
+def _reported(outcome: Outcome) -> list[Any]:
+    """Per reported member of the front its values, by replicate."""
+    return [
+        row["replicates"]
+        for row in outcome.rows
+        if row["scored"] and row["replicates"] and not row["violation"]
+    ]
+
+
 def _winner_rows(outcome: Outcome) -> dict[int, Mapping[str, Any]]:
     return {
         int(row["group"]): row
@@ -260,7 +330,7 @@ def _items(first: Outcome, second: Outcome, a: Mapping[str, Any], b: Mapping[str
         if not found:
             return None
         scores = np.asarray(records.items[found[-1]], np.float64)
-        value = float(records.values[found[-1], 0])
+        value = float(records.values[found[-1], outcome.column])
         # Items are the objective's only where it is their mean (float16 keeps three digits).
         if not len(scores) or abs(scores.mean() - value) > 1e-2 * max(1.0, abs(value)):
             return None
@@ -295,11 +365,12 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 # -- candidates ---------------------------------------------------------------------------------
 
 
-def _candidates(first: Outcome, second: Outcome, notes: list[str]) -> Pair | None:
+def _candidates(first: Outcome, second: Outcome, notes: list[str], column: int) -> Pair | None:
+    """Values of what both paid for; column -1 = of the objective that steers."""
     if first.space != second.space:
         notes.append("the spaces differ, so that no candidate is common")
         return None
-    ours, theirs = _paid(first), _paid(second)
+    ours, theirs = _paid(first, column), _paid(second, column)
     # Where both wrote down one payment, equal values say nothing.
     common = [place for place in ours if place in theirs]
     if not common:
@@ -308,9 +379,10 @@ def _candidates(first: Outcome, second: Outcome, notes: list[str]) -> Pair | Non
     return np.array([ours[p] for p in common]), np.array([theirs[p] for p in common])
 
 
-def _paid(outcome: Outcome) -> dict[tuple[bytes, int, int], float]:
+def _paid(outcome: Outcome, column: int) -> dict[tuple[bytes, int, int], float]:
     """Values of the search by key, fidelity and replicate; cached ones are left out."""
     records = outcome.records
+    column = outcome.column if column < 0 else column
     of_space = [
         row
         for row, digest in outcome.evaluators.items()
@@ -321,13 +393,13 @@ def _paid(outcome: Outcome) -> dict[tuple[bytes, int, int], float]:
         & ~records.cached
         & (records.replicate < SELECTION_REPLICATE)
         & np.isin(records.evaluator, np.array(of_space, np.int64))
-        & np.isfinite(records.values[:, :1]).all(axis=1)
+        & np.isfinite(records.values[:, column])
     )
     return {
         (
             records.keys[row] or b"",
             int(records.fidelity[row]),
             int(records.replicate[row]),
-        ): float(records.values[row, 0])
+        ): float(records.values[row, column])
         for row in rows.tolist()
     }

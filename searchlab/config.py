@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.auto import AUTO, BaselineRule, check_baselines
 from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Evaluator, identity_digest
 from searchlab.population import Population
@@ -38,12 +39,18 @@ __all__ = [
 ]
 
 ALGORITHMS: dict[str, str] = {
+    "cma": "searchlab.algorithms.cma:CMA",
+    "es11": "searchlab.algorithms.es11:OnePlusOne",
     "evolution": "searchlab.algorithms.evolution:Evolution",
+    "gp": "searchlab.algorithms.optuna:GP",
     "listed": "searchlab.algorithms.simple:Listed",
+    "nsga2": "searchlab.algorithms.front:NSGA2",
+    "nsga3": "searchlab.algorithms.front:NSGA3",
     "profile": "searchlab.algorithms.profile:Profile",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
     "separable": "searchlab.algorithms.separable:Separable",
+    "tpe": "searchlab.algorithms.optuna:TPE",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
@@ -104,6 +111,8 @@ class AlgorithmSpec:
 
     def build(self, space: Space, *, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
         """The algorithm at the beginning of a stage."""
+        if self.name == AUTO:
+            raise ConfigError("auto is settled when a run is opened; see searchlab.auto.settled")
         factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
         try:
             return factory(space, seed=seed, first_id=first_id, seeds=seeds, **self.options)
@@ -122,7 +131,7 @@ class Budget:
         device_hours: hours of devices that the evaluations of all processes took.
         price: US dollars, at `gpu_price` per device hour.
         gpu_price: US dollars per device hour.
-        target: value of the first objective, in the user's sign, that is good enough.
+        target: value of the objective that steers, in the user's sign, that is good enough.
     """
 
     evaluations: int | None = None
@@ -158,7 +167,8 @@ class Budget:
 class Answers:
     """What a finished stage knows, for the rule that starts the next one.
 
-    `violation` is the sum of broken outcome constraints, (n,); None = there are none.
+    `violation` is the sum of broken outcome constraints, (n,); None = there are none. `main` is the
+    column of the losses that says what is best; None = the objectives are traded off.
     """
 
     space: Space
@@ -166,6 +176,7 @@ class Answers:
     origin: tuple[str, ...]
     losses: NDArray[np.float64]
     violation: NDArray[np.float64] | None = None
+    main: int | None = 0
 
 
 class Adopt(Protocol):
@@ -199,8 +210,17 @@ class AdoptBest:
 
 def best_rows(answers: Answers, k: int, per: str | None, kinds: Sequence[str]) -> NDArray[np.int64]:
     """Rows of the k best successes of every group and kind, best first."""
-    loss = answers.losses[:, 0]
-    broken = np.zeros(len(loss)) if answers.violation is None else answers.violation
+    if answers.main is None:
+        from searchlab.fronts import front_order
+
+        losses = answers.losses
+        loss = np.full(len(losses), np.inf)
+        ranked = front_order(losses, answers.violation)
+        loss[ranked] = np.arange(len(ranked))
+        broken = np.zeros(len(losses))
+    else:
+        loss = answers.losses[:, answers.main]
+        broken = np.zeros(len(loss)) if answers.violation is None else answers.violation
     if per is None:
         groups = np.zeros(len(loss), dtype=np.int64)
     else:
@@ -221,11 +241,18 @@ class Stage:
 
     Attributes:
         name: shown in tables and progress.
+        algorithm: its name may be "auto" (see `searchlab.auto.choose`).
         seeds: baselines ("baseline:NAME") and warm starts ("seed:NAME") proposed first; those with
             a baseline's origin are counted apart from the budget.
         adopt: makes further seeds from the stage before.
         fidelity: index into the evaluator's fidelities; -1 = the truth.
         chunk: jobs per call of the evaluator in this stage; None = as the run has it.
+        baselines: which of the seeds that are baselines are scored: "all", "none", the named ones,
+            or "auto": the first ones, at most a third of the evaluations that the run is opened
+            with (never less than one).
+        chosen: what `auto` settled on and why, once a run is opened; empty = it was named.
+        steer: name of the objective that algorithms hear of and that says what is best, where the
+            evaluator has several; the others are recorded. None = they are traded off.
     """
 
     name: str
@@ -237,6 +264,42 @@ class Stage:
     seeds: Seeds | None = None
     adopt: Adopt | None = None
     chunk: int | None = None
+    baselines: BaselineRule = "all"
+    chosen: str = field(default="", compare=False)
+    steer: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [objective.name for objective in self.evaluator.objectives]
+        if self.steer is not None and self.steer not in names:
+            raise unknown_name("objective", self.steer, names)
+        check_baselines(self.baselines, () if self.seeds is None else self.seeds.origin)
+
+    @property
+    def main(self) -> int:
+        """The column of the objective that steers; of the first one where none is named."""
+        names = [objective.name for objective in self.evaluator.objectives]
+        return 0 if self.steer is None else names.index(self.steer)
+
+    @property
+    def sign(self) -> float:
+        """1 where less of that objective is better, -1 where more is."""
+        return 1.0 if self.evaluator.objectives[self.main].direction == "min" else -1.0
+
+    @property
+    def trades(self) -> bool:
+        """Whether there are several objectives, none of which steers."""
+        return self.steer is None and len(self.evaluator.objectives) > 1
+
+    def check_objectives(self, algorithm: Algorithm) -> None:
+        """Raises ConfigError where the algorithm does not serve this stage's objectives."""
+        objectives = self.evaluator.objectives
+        algorithm.check_objectives(len(objectives) if self.trades else 1)
+        if self.trades and self.budget.target is not None:
+            names = ", ".join(objective.name for objective in objectives)
+            raise ConfigError(
+                f"target {self.budget.target:g} with the objectives {names}; allowed: with one "
+                "objective, or with the name of the one that steers"
+            )
 
     @property
     def fidelity_index(self) -> int:
@@ -255,6 +318,14 @@ def stage_digest(stage: Stage) -> str:
     """
     text = f"{identity_digest(stage.evaluator)} {stage.space.fingerprint}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _described(stage: Stage, seed: int) -> dict[str, Any]:
+    """The settings of a stage's algorithm; of `auto` its name: what it chose is kept apart."""
+    if stage.algorithm.name == AUTO:
+        return {"name": AUTO}
+    algorithm = stage.algorithm.build(stage.space, seed=seed, first_id=0, seeds=None)
+    return algorithm.settings()
 
 
 def _seeds_digest(stage: Stage) -> str:
@@ -321,6 +392,8 @@ class SearchConfig:
         groups: the groups that are reported; empty = whatever occurs.
         upto: a group is a limit: what needs less competes in it too.
         final: None = no final.
+        reference: objective -> value, in the user's sign, from which hypervolumes of the last stage
+            are measured; None = beyond the worst of the first candidates.
         recipe: name of the recipe that made this, "" for a search made in Python.
         options: the recipe's options as JSON.
     """
@@ -336,10 +409,20 @@ class SearchConfig:
     final: Final | None = None
     recipe: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError("a search without stages; allowed: one stage or more")
+        if self.reference is not None:
+            names = [objective.name for objective in self.stages[-1].evaluator.objectives]
+            if set(self.reference) != set(names) or not all(
+                np.isfinite(value) for value in self.reference.values()
+            ):
+                raise ConfigError(
+                    f"reference {dict(self.reference)!r}; allowed: a finite value for each of "
+                    f"{', '.join(names)}"
+                )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed {self.seed}; allowed: 0 to 2**63 - 1")
         for name, value in (("lag", self.lag), ("chunk", self.chunk)):
@@ -362,12 +445,12 @@ class SearchConfig:
                 {
                     "name": stage.name,
                     "space": stage.space.fingerprint,
-                    "algorithm": stage.algorithm.build(
-                        stage.space, seed=self.seed, first_id=0, seeds=None
-                    ).settings(),
+                    "algorithm": _described(stage, self.seed),
                     "fidelity": stage.evaluator.fidelities[stage.fidelity_index].name,
                     "evaluator": stage_digest(stage),
                     "seeds": _seeds_digest(stage),
+                    **({} if stage.baselines == "all" else {"baselines": stage.baselines}),
+                    **({} if stage.steer is None else {"steer": stage.steer}),
                 }
                 for stage in self.stages
             ],

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from searchlab.auto import settled
 from searchlab.config import SearchConfig, Stage
 from searchlab.population import Jobs, Population
 from searchlab.uniforms import uniforms
@@ -17,6 +18,7 @@ BYTES_PER_RECORD = 700  # measured order of magnitude of a row with its indexes;
 
 def estimate(config: SearchConfig) -> list[str]:
     """Lines that say what each stage proposes, and roughly how long and how large it will be."""
+    config = settled(config)
     lines, total, records = [], 0.0, 0
     for stage in config.stages:
         stage.evaluator.setup()
@@ -33,6 +35,8 @@ def estimate(config: SearchConfig) -> list[str]:
             f"{stage.algorithm.name} on {stage.space.size} elements, "
             f"{seconds * 1e3:.1f} ms each"
         )
+        if stage.chosen:
+            lines.append(f"stage {stage.name!r}: {stage.chosen}")
         if price is not None:
             hours = seconds / 3600 * int(getattr(stage.evaluator, "devices", 1))
             lines.append(f"stage {stage.name!r}: {hours * price:.3g} usd per evaluation")

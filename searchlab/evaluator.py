@@ -164,7 +164,7 @@ class FunctionEvaluator:
         function: `f(**values)` for a plain function; `f(plans, fidelity, seed)` with `batch`, where
             plans is a list of decoded dicts; `f(columns, fidelity, seed)` with `columns`, where
             columns maps names to arrays. Batch forms return one number (or a tuple of numbers) per
-            candidate.
+            candidate; a dict by the names of the objectives stands for a tuple.
         space: how candidates are decoded.
         version: raised by hand when the function's values change. Without one the function has no
             identity beyond its run, so no value is shared with other runs.
@@ -220,6 +220,8 @@ class FunctionEvaluator:
             return answer
         if answer is None or (isinstance(answer, list) and any(part is None for part in answer)):
             raise EvaluationError("the function returned None; allowed: numbers")
+        if isinstance(answer, list | tuple) and any(isinstance(part, Mapping) for part in answer):
+            answer = [self._ordered(part) for part in answer]
         try:
             values = np.asarray(answer, dtype=np.float64)
         except (TypeError, ValueError):
@@ -231,6 +233,19 @@ class FunctionEvaluator:
                 f"objectives; allowed: ({n}, {m})"
             )
         return Evaluations(values=values.reshape(n, m))
+
+    def _ordered(self, answer: Any) -> Any:
+        """A dict of values as a tuple in the order of the objectives."""
+        if not isinstance(answer, Mapping):
+            return answer
+        names = [objective.name for objective in self.objectives]
+        missing = [name for name in names if name not in answer]
+        if missing:
+            raise EvaluationError(
+                f"the function returned no {', '.join(missing)}; allowed: a value for each of "
+                f"{', '.join(names)}"
+            )
+        return tuple(answer[name] for name in names)
 
     def identity(self) -> Mapping[str, Any]:
         name = f"{self.function.__module__}.{self.function.__qualname__}"

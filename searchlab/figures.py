@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "WIDTH", "figure_curve", "figure_front", "style", "to_svg"]
+__all__ = [
+    "COLOURS",
+    "INK",
+    "WIDTH",
+    "canvas",
+    "figure_curve",
+    "figure_front",
+    "legend_beside",
+    "plain",
+    "style",
+    "to_svg",
+]
 
 WIDTH = 7.6
 """Width of a figure in inches."""
@@ -78,7 +89,7 @@ def figure_curve(result: Result) -> bytes | None:
     if not lines:
         return None
     bases = {g.group: g.best_baseline() for g in result.groups}
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for i, (group, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         label = f"{result.group_by} {group}" if result.group_by else "best so far"
@@ -93,7 +104,7 @@ def figure_curve(result: Result) -> bytes | None:
     _scale(axes, values)
     where = "evaluations in the group" if result.group_by else "evaluations"
     style(axes, x=f"{where} (jobs)", y=f"best {_objective(result)} in the search")
-    _legend(axes, len(lines))
+    legend_beside(axes, len(lines))
     return to_svg(figure)
 
 
@@ -104,10 +115,10 @@ def figure_front(result: Result) -> bytes | None:
     the report split.
     """
     winners = [(g.group, g.winner) for g in result.groups if g.winner is not None]
-    if len(winners) < 2:
+    if len(winners) < 2 or result.trade_offs is not None:
         return None
-    front = {group for group, _ in result.front}
-    figure, axes = _canvas()
+    front = {int(point[0]) for point in result.front}
+    figure, axes = canvas()
     shown = [c for _, c in winners]
     _line(axes, result, winners, COLOURS[0], "searched", front)
     kinds = sorted({c.kind for g in result.groups for c in g.baselines})
@@ -121,11 +132,12 @@ def figure_front(result: Result) -> bytes | None:
     groups = sorted({group for group, _ in winners})
     if len(groups) <= 12:
         axes.set_xticks(groups)
-    _legend(axes, 1 + len(kinds))
+    legend_beside(axes, 1 + len(kinds))
     return to_svg(figure)
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
+    """An empty figure of the report's width, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
@@ -165,15 +177,15 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 def _objective(result: Result) -> str:
     unit = f" [{result.objective.unit}]" if result.objective.unit else ""
-    return _plain(result.objective.name + unit)
+    return plain(result.objective.name + unit)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that is drawn as it is: a dollar sign would begin a formula."""
     return text.replace("$", r"\$")
 
 
-def _legend(axes: Axes, entries: int) -> None:
+def legend_beside(axes: Axes, entries: int) -> None:
     """Beside the axes, where it covers no line."""
     if entries < 1:
         return
@@ -182,4 +194,4 @@ def _legend(axes: Axes, entries: int) -> None:
     )
     for text in legend.get_texts():
         text.set_color(INK)
-        text.set_text(_plain(text.get_text()))
+        text.set_text(plain(text.get_text()))

@@ -65,6 +65,9 @@ class Contender:
         selection: mean over the selection replicates; NaN until scored.
         report: one value per report replicate; empty until scored.
         violation: sum of broken outcome constraints in the search; 0 = it meets them all.
+        values: where objectives are traded off, the search value of each; else empty.
+        selection_values: mean of each over the selection replicates.
+        report_values: per report replicate, the value of each.
     """
 
     among: Population
@@ -77,6 +80,9 @@ class Contender:
     selection: float = float("nan")
     report: tuple[float, ...] = ()
     violation: float = 0.0
+    values: tuple[float, ...] = ()
+    selection_values: tuple[float, ...] = ()
+    report_values: tuple[tuple[float, ...], ...] = ()
 
     @property
     def population(self) -> Population:
@@ -101,8 +107,12 @@ def contenders(
     groups: Sequence[int],
     values: NDArray[np.float64],
     violation: NDArray[np.float64] | None = None,
+    table: NDArray[np.float64] | None = None,
 ) -> list[Contender]:
-    """All successful candidates once; a baseline keeps its name where the search found it again."""
+    """All successful candidates once; a baseline keeps its name where the search found it again.
+
+    `values` are those of the main objective, `table` those of all where they are traded off.
+    """
     found = values.tolist()
     bad = [0.0] * len(keys) if violation is None else violation.tolist()
     best: dict[bytes, Contender] = {}
@@ -111,7 +121,15 @@ def contenders(
         if known is not None and (known.kind != "searched" or not origin[row].startswith("base")):
             continue
         best[key] = Contender(
-            population, row, key, origin[row], groups[row], ids[row], found[row], violation=bad[row]
+            population,
+            row,
+            key,
+            origin[row],
+            groups[row],
+            ids[row],
+            found[row],
+            violation=bad[row],
+            values=() if table is None else tuple(table[row].tolist()),
         )
     return list(best.values())
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from searchlab.auto import settled
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.executors.base import Chunk, Done
 from searchlab.external import Outcome, load_json, plan_rows, read_result, to_evaluations
@@ -132,7 +133,7 @@ def prepare(config: SearchConfig, store: Store) -> None:
     from searchlab.config import stage_digest
     from searchlab.evaluator import environment
 
-    stage = config.stages[0]
+    stage = settled(config, store).stages[0]
     stage.algorithm.build(stage.space, seed=config.seed, first_id=0, seeds=stage.seeds)
     identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
     store.register_evaluator(stage_digest(stage), identity, environment())
@@ -271,6 +272,7 @@ def _leg(config: SearchConfig, store: Store, lag: int) -> tuple[_Leg, _Collector
 
     if len(config.stages) != 1:
         raise ConfigError(f"ask and tell know runs of one stage; this has {len(config.stages)}")
+    config = settled(config, store)
     algorithm = build_algorithm(config.stages[0], 0, 0, config, store)
     pace = pace_of(0, 0, replace(config, lag=lag), algorithm, 1, store)
     collector = _Collector()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_best import BestSoFar
 from searchlab._stage_limits import Limits
 from searchlab._stage_records import Group, Known, differences, of_answer, under_bounds, wrong_keys
 from searchlab.algorithms.base import Algorithm
@@ -54,6 +55,7 @@ class StageRun:
         free: ask whenever the executor has room. A group is then proposed by the state that was
             told all ids below the first one that is still open, which its records keep as
             `told_at_ask`: timing decides, and the records repeat it.
+        reference: from where hypervolumes are measured, as losses; None = by the first ids.
     """
 
     stage: Stage
@@ -72,6 +74,7 @@ class StageRun:
     other_runs: bool = True
     recompute: bool = False
     free: bool = False
+    reference: tuple[float, ...] | None = None
     mismatches: list[str] = field(default_factory=list)
     stop_reason: str = ""
     interrupted: bool = False
@@ -100,10 +103,11 @@ class StageRun:
         self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.paid = self.hits = self.finished = self.failed = 0
         self.repeated = self._free_hits = 0  # hits that count in the budget, and those that may
-        self.best: dict[int, float] = {}
+        self._best = BestSoFar(self.stage, self.group_by, self.reference)
+        self.best = self._best.losses
         self._m = len(self.stage.evaluator.objectives)
         self._prunes = bool(getattr(self.stage.evaluator, "prunes", False))
-        self._sign = 1.0 if self.stage.evaluator.objectives[0].direction == "min" else -1.0
+        self._sign = self.stage.sign
 
     # -- running ----------------------------------------------------------------------------
 
@@ -424,6 +428,8 @@ class StageRun:
                 {group: self._sign * loss for group, loss in self.best.items()},
                 tuple(finished),
                 None if self.executor is None else usage_of(self.executor),
+                self.stage.chosen,
+                self._best.front(),
             )
             for callback in self.callbacks:
                 callback(progress)
@@ -518,16 +524,8 @@ class StageRun:
             else:
                 self._free_hits += 1
         good = np.asarray(rows, dtype=np.int64)[(state == OK) & (group.violation[rows] == 0)]
-        if not len(good):
-            return
-        found = group.losses[good, 0]
-        if self.group_by is None:
-            self.best[0] = min(float(found.min()), self.best.get(0, np.inf))
-            return
-        costs = self.stage.space.cost(jobs.population.take(good))[self.group_by]
-        places = np.rint(costs).astype(np.int64).tolist()
-        for place, loss in zip(places, found.tolist(), strict=True):
-            self.best[place] = min(loss, self.best.get(place, np.inf))
+        if len(good):
+            self._best.add(jobs.ids[good], jobs.population.take(good), group.losses[good])
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -571,7 +569,7 @@ class StageRun:
             group = self._groups[0]
             stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
-                self.algorithm.tell(group.answers_until(stop))
+                self.algorithm.tell(group.answers_until(stop, self.stage))
             if group.end_id > bound:
                 return
             self._groups.popleft()

@@ -67,6 +67,17 @@ class Outcome:
     def objective(self) -> str:
         return str(self.result["objective"]["name"])
 
+    @property
+    def column(self) -> int:
+        """Where the objective stands among the values of a record."""
+        return int(self.result["objective"].get("column", 0))
+
+    @property
+    def trades(self) -> list[tuple[str, float]]:
+        """Name and sign of each objective where several are traded off; else empty."""
+        parts = (self.result.get("trade_offs") or {}).get("objectives", ())
+        return [(str(o["name"]), 1.0 if o["direction"] == "min" else -1.0) for o in parts]
+
 
 def read_outcome(address: RunAddress) -> Outcome:
     """The outcome of a run; evaluates nothing.
@@ -94,7 +105,7 @@ def read_outcome(address: RunAddress) -> Outcome:
         )
         store.close("")
     try:
-        _ = outcome.sign, outcome.objective
+        _ = outcome.sign, outcome.objective, outcome.column, outcome.trades
         for row in outcome.rows:
             _ = row["group"], row["kind"], row["name"], row["id"], row["search"]
             _ = [float(value) for value in row["report_values"]]
@@ -133,6 +144,8 @@ def figures(outcome: Outcome) -> dict[str, float]:
       replicates, positive = better, with its interval.
     - `evaluations`, `baseline_evaluations`, `hits`, `failed`, `final`: jobs.
     - `records`, `seconds`; `finished`: 1 or 0.
+    - Of a front: `front` (how many members), `hypervolume`, `hypervolume_baselines` by search
+      values, and `hypervolume_report`, `hypervolume_report_baselines`, means over the replicates.
     """
     result = outcome.result
     out: dict[str, float] = {}
@@ -144,6 +157,14 @@ def figures(outcome: Outcome) -> dict[str, float]:
     for name in _FIGURES:
         out.setdefault(name, math.nan)
     out |= {str(name): _number(value) for name, value in result["counts"].items()}
+    trades = result.get("trade_offs")
+    if trades is not None:
+        out["front"] = _number(trades["size"])
+        for name in ("hypervolume", "hypervolume_baselines"):
+            out[name] = _number(trades[name])
+        for name in ("hypervolume_report", "hypervolume_report_baselines"):
+            values = trades[name]
+            out[name] = float(np.mean(values)) if values else math.nan
     out["records"] = float(len(outcome.records))
     out["seconds"] = _number(result.get("seconds"))
     out["finished"] = float(result.get("status") == "finished")

@@ -31,6 +31,8 @@ class ProgressLine:
             self._stage = progress.stage
             self._from = (now, progress.finished)
             self._shown = 0.0 if self._live else now - QUIET_SECONDS + 2
+            if progress.chosen:
+                self._stream.write(f"{progress.stage}: {progress.chosen}\n")
         if now - self._shown < (FAST_SECONDS if self._live else QUIET_SECONDS):
             return
         self._shown = now
@@ -59,6 +61,10 @@ class ProgressLine:
             lost = usage.deaths + usage.timeouts
             if lost:
                 parts.append(f"{lost} lost")
+        if progress.front is not None:
+            parts.append(f"{progress.front.members} on the front")
+            if progress.front.hypervolume is not None:
+                parts.append(f"hypervolume {progress.front.hypervolume:.4g}")
         best = sorted(progress.best.items())
         if len(best) == 1 and best[0][0] == 0:
             parts.append(f"best {best[0][1]:.4g}")

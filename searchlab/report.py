@@ -9,15 +9,15 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from searchlab._report_front import front_sections
 from searchlab._report_page import CSS, POLICY
-from searchlab.errors import ConfigError
+from searchlab._report_section import Section, media
 from searchlab.evaluator import environment
 from searchlab.figures import figure_curve, figure_front
 from searchlab.final import Interval, paired
@@ -27,39 +27,8 @@ from searchlab.result import GroupResult, Result
 
 __all__ = ["Section", "figure_curve", "figure_front", "write_report"]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _NOTHING = "–"
 _MOST_REASONS = 20
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a report that a recipe adds.
-
-    Attributes:
-        title: heading.
-        text: one or more paragraphs, divided by empty lines.
-        table: rows; columns are the keys in order of first appearance.
-        figure: a PNG or an SVG without outside references.
-        caption: below the figure.
-        pre: text shown as it is, in fixed width.
-
-    Raises:
-        ConfigError: a figure that is neither PNG nor SVG, or a section without title.
-    """
-
-    title: str
-    text: str = ""
-    table: Sequence[Mapping[str, Any]] | None = None
-    figure: bytes | None = None
-    caption: str = ""
-    pre: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.title:
-            raise ConfigError("a section without title; allowed: any text but the empty one")
-        if self.figure is not None:
-            _media(self.figure)
 
 
 def write_report(result: Result, path: Path, *, sections: Sequence[Section] = ()) -> Path:
@@ -78,15 +47,17 @@ def write_report(result: Result, path: Path, *, sections: Sequence[Section] = ()
     """
     parts = [
         _verdict(result),
-        _values(result),
-        _paired(result),
-        _curve(result),
-        _front(result),
+        *(
+            (_values(result), _paired(result), _curve(result), _front(result))
+            if result.trade_offs is None
+            else map(_section, front_sections(result.trade_offs))
+        ),
         _settings(result),
         _failures(result.records),
         *(_section(section) for section in sections),
     ]
-    title = escape(f"{result.name} – {result.objective.name}")
+    objectives = [result.objective] if result.trade_offs is None else result.trade_offs.objectives
+    title = escape(f"{result.name} – {', '.join(o.name for o in objectives)}")
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
@@ -307,18 +278,10 @@ def _section(section: Section) -> str:
 # -- pieces ---------------------------------------------------------------------------------------
 
 
-def _media(figure: bytes) -> str:
-    if figure.startswith(_PNG):
-        return "image/png"
-    if figure.lstrip()[:5] in (b"<?xml", b"<svg ", b"<svg>") and b"<svg" in figure:
-        return "image/svg+xml"
-    raise ConfigError(f"a figure that begins with {figure[:8]!r}; allowed: PNG or SVG")
-
-
 def _figure(figure: bytes, caption: str, *, alt: str = "") -> str:
     # As an image, not inline: what is inside an image cannot run or reach the page.
     data = base64.b64encode(figure).decode("ascii")
-    source = f"data:{_media(figure)};base64,{data}"
+    source = f"data:{media(figure)};base64,{data}"
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     image = f'<img alt="{escape(alt or caption)}" src="{source}">'
     return f'<figure><div class="wide">{image}</div>{text}</figure>'

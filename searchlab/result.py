@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from searchlab.records import Records
+    from searchlab.trade_offs import TradeOffs
 
 __all__ = ["Best", "GroupResult", "Result"]
 
@@ -64,7 +65,7 @@ class Result:
     Attributes:
         name: the run.
         space: of the last stage.
-        objective: the first objective.
+        objective: the one that steers; the first where several are traded off.
         groups: ascending; one with group 0 where the search has none.
         group_by: what the groups are, "" without.
         counts: jobs by kind (paid, hits, failed, baselines, final).
@@ -72,6 +73,9 @@ class Result:
         alpha: intervals cover 1 - alpha.
         everyone: all successful candidates of the search, once each.
         meta: seed, lag, chunk, stop reason, repeat_sd, environment, seconds.
+        trade_offs: the front of several objectives; None with one, or where one steers. A group's
+            winner is then the middle of its front.
+        main: column of `objective` in the records' values.
     """
 
     name: str
@@ -86,6 +90,8 @@ class Result:
     records: Records | None = None
     everyone: list[Contender] = field(default_factory=list, repr=False)
     out: Path | None = None
+    trade_offs: TradeOffs | None = None
+    main: int = 0
 
     @property
     def sign(self) -> float:
@@ -93,10 +99,16 @@ class Result:
 
     @property
     def best(self) -> Best:
-        """The best candidate of the last group, baselines included."""
+        """The best candidate of the last group, baselines included.
+
+        Where objectives are traded off: the middle of the front, baselines left out if it has any
+        other members.
+        """
         from searchlab.errors import StudyError
 
         group = self.groups[-1] if self.groups else None
+        if self.trade_offs is not None and group is not None and group.winner is not None:
+            return Best(self.space, group.winner)
         everyone = [] if group is None else [c for c in (group.winner, *group.baselines) if c]
         if not everyone:
             raise StudyError(f"run {self.name!r} has no successful evaluation yet")
@@ -104,9 +116,15 @@ class Result:
         return min(ranked, key=lambda b: (b.contender.violation, self.sign * b.value))
 
     @property
-    def front(self) -> list[tuple[int, float]]:
-        """(group, value of the winner) where no lower group is as good."""
-        out: list[tuple[int, float]] = []
+    def front(self) -> list[tuple[float, ...]]:
+        """(group, value of the winner) where no lower group is as good.
+
+        Where objectives are traded off: the values of all candidates that nothing dominates, see
+        `trade_offs`.
+        """
+        if self.trade_offs is not None:
+            return self.trade_offs.points
+        out: list[tuple[float, ...]] = []
         for group in self.groups:
             if group.winner is None or group.winner.violation:
                 continue
@@ -117,6 +135,8 @@ class Result:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per contender and group: values of the three splits, ratio to the baseline."""
+        if self.trade_offs is not None:
+            return self.trade_offs.rows()
         out = []
         for group in self.groups:
             base = group.best_baseline()
@@ -149,7 +169,11 @@ class Result:
         """Best, baselines, values of the three splits, counts and seeds."""
         return {
             "run": self.name,
-            "objective": {"name": self.objective.name, "direction": self.objective.direction},
+            "objective": {
+                "name": self.objective.name,
+                "direction": self.objective.direction,
+                **({"column": self.main} if self.main else {}),
+            },
             "group_by": self.group_by,
             "alpha": self.alpha,
             "rows": self.rows(),
@@ -161,17 +185,26 @@ class Result:
             },
             "counts": self.counts,
             "verdict": self.verdict(),
+            **(
+                {}
+                if self.trade_offs is None
+                else {"trade_offs": self.trade_offs.to_json(self.space)}
+            ),
             **self.meta,
         }
 
     def to_pandas(self) -> pd.DataFrame:
-        """`rows` as a data frame."""
+        """`rows` as a data frame; of a front with one column per objective."""
         import pandas as pd
 
+        if self.trade_offs is not None:
+            return pd.DataFrame(self.trade_offs.flat_rows())
         return pd.DataFrame(self.rows())
 
     def verdict(self) -> str:
         """One sentence: the gain over the best baseline, and whether it is distinguishable."""
+        if self.trade_offs is not None and self.everyone:
+            return self.trade_offs.verdict()
         parts = [self._verdict_of(group) for group in self.groups]
         parts = [part for part in parts if part]
         if not parts:
@@ -214,6 +247,8 @@ class Result:
 
     def table(self) -> str:
         """The table of winners and baselines as text."""
+        if self.trade_offs is not None:
+            return self.trade_offs.table()
         header = [self.group_by or "group", "what", "search", "selection", "report", "ratio"]
         lines = [header]
         rows = self.rows()

@@ -14,10 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._repeat import measure_repeat
+from searchlab._run_final import (
+    fill_final,
+    keep_reference,
+    pick_middles,
+    reference_losses,
+    run_final,
+    stored_reference,
+)
 from searchlab._run_layout import LAYOUT, layout_of
 from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
+from searchlab.auto import AUTO, reasons, settled
 from searchlab.config import (
     ALGORITHMS,
     AlgorithmSpec,
@@ -30,8 +39,6 @@ from searchlab.config import (
 )
 from searchlab.errors import ConfigError, StudyError
 from searchlab.evaluator import (
-    REPORT_REPLICATE,
-    SELECTION_REPLICATE,
     Evaluator,
     EvaluatorFunction,
     FunctionEvaluator,
@@ -45,27 +52,18 @@ from searchlab.executors import (
     ProcessExecutor,
     usage_of,
 )
-from searchlab.final import (
-    FINAL_ID,
-    FINAL_STAGE,
-    LIST_IDS,
-    ROUND_IDS,
-    Contender,
-    contenders,
-    distinct,
-    plan_final,
-    score_final,
-)
+from searchlab.final import FINAL_STAGE, Contender, contenders
 from searchlab.loop import Callback, StageRun
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
+from searchlab.trade_offs import trade_offs_of
 
 if TYPE_CHECKING:
     from searchlab.study import Store
 
-__all__ = ["run", "search", "stored_result", "verify"]
+__all__ = ["as_evaluator", "run", "search", "stored_result", "verify"]
 
 LAG_PER_WORKER = 2
 
@@ -152,7 +150,9 @@ def build_algorithm(
             population=Population.concat([seeds.population, adopted.population]),
             origin=(*seeds.origin, *adopted.origin),
         )
-    return stage.algorithm.build(stage.space, seed=config.seed, first_id=first_id, seeds=seeds)
+    algorithm = stage.algorithm.build(stage.space, seed=config.seed, first_id=first_id, seeds=seeds)
+    stage.check_objectives(algorithm)
+    return algorithm
 
 
 def run(
@@ -187,12 +187,14 @@ def run(
     started = time.monotonic()
     status, stop_reason = "failed", ""
     try:
+        config = settled(config, store)
         _check_budgets(config, store)
         for index, stage in enumerate(config.stages):
             if stage.adopt is None:  # the others need answers first
                 build_algorithm(stage, index, 0, config, store)
         executor.start(evaluators)
         store.set_meta(LAYOUT, layout_of(config))
+        keep_reference(config, store)
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
             store.register_evaluator(stage_digest(stage), identity, environment())
@@ -215,6 +217,7 @@ def run(
                 callbacks=tuple(callbacks),
                 other_runs=share,
                 free=pace.free,
+                reference=reference_losses(stage, config, store),
             )
             if index == 0:
                 try:
@@ -234,7 +237,7 @@ def run(
         result = collect(config, store)
         if config.final is not None and status == "finished":
             try:
-                _run_final(config, result, store, executor, evaluators, share)
+                run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
         usage = usage_of(executor)
@@ -276,8 +279,8 @@ def collect(config: SearchConfig, store: Store) -> Result:
     records = store.records()
     last = config.stages[-1]
     digest = stage_digest(last)
-    objective = last.evaluator.objectives[0]
-    sign = 1.0 if objective.direction == "min" else -1.0
+    objectives = last.evaluator.objectives
+    objective, sign = objectives[last.main], last.sign
     # Stages that share evaluator, space and fidelity are one list: a candidate is in it once.
     same = [
         index
@@ -292,9 +295,10 @@ def collect(config: SearchConfig, store: Store) -> Result:
         population = last.space.unpack(part.genotypes)
         groups = _groups_of(last.space, population, config.group_by).tolist()
         keys = [key or b"" for key in part.keys]
-        ids, values = part.ids.tolist(), part.values[:, 0]
+        ids, values = part.ids.tolist(), part.values[:, last.main]
         broken = violation(part.constraints, constraints_of(last.evaluator))
-        everyone = contenders(population, keys, part.origin, ids, groups, values, broken)
+        table = part.values[:, : len(objectives)] if last.trades else None
+        everyone = contenders(population, keys, part.origin, ids, groups, values, broken, table)
         allowed = np.where(broken == 0, values, np.nan)
         curve = curve_of(ids, groups, allowed.tolist(), sign)
     found_groups = sorted({contender.group for contender in everyone})
@@ -309,6 +313,13 @@ def collect(config: SearchConfig, store: Store) -> Result:
             for kind in sorted({c.kind for c in ranked} - {"searched"})
         ]
         result_groups.append(GroupResult(group, next(iter(searched), None), baselines))
+    alpha = config.final.alpha if config.final else 0.05
+    trades = None
+    if last.trades:
+        point = stored_reference(config, store)
+        trades = trade_offs_of(everyone, objectives, point, alpha)
+        curve = {}
+        pick_middles(trades, result_groups, everyone, upto=config.upto)
     stage_of_search = records.stage < FINAL_STAGE
     known = np.array([origin.startswith("baseline") for origin in records.origin], dtype=bool)
     paid = stage_of_search & ~records.cached & (records.state <= 2)
@@ -325,6 +336,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "options": dict(config.options),
         "repeat": store.get_meta("repeat"),
         "pace": store.get_meta("pace") or {},
+        "algorithm": reasons(config, store),
     }
     return Result(
         store.name,
@@ -334,10 +346,12 @@ def collect(config: SearchConfig, store: Store) -> Result:
         group_by=config.group_by or "",
         counts=counts,
         curve=curve,
-        alpha=config.final.alpha if config.final else 0.05,
+        alpha=alpha,
         meta=meta,
         records=records,
         everyone=everyone,
+        trade_offs=trades,
+        main=last.main,
     )
 
 
@@ -347,117 +361,10 @@ def _groups_of(space: Space, population: Population, group_by: str | None) -> ND
     return np.rint(space.cost(population)[group_by]).astype(np.int64)
 
 
-def _run_final(
-    config: SearchConfig,
-    result: Result,
-    store: Store,
-    executor: Executor,
-    evaluators: tuple[Evaluator, ...],
-    share: bool,
-) -> None:
-    assert config.final is not None
-    final, sign, stage = config.final, result.sign, config.stages[-1]
-    groups = [group.group for group in result.groups]
-    plans = plan_final(result.everyone, final, groups, sign, upto=config.upto)
-    entrants = distinct([c for plan in plans for c in plan.all()])
-    round_number = _final_round(store, entrants)
-    base = {"selection": SELECTION_REPLICATE, "report": REPORT_REPLICATE}
-    chunk = (store.get_meta("pace") or {})[str(len(config.stages) - 1)]["chunk"]
-
-    def score(split: str, number: int, parts: Sequence[Contender]) -> NDArray[np.float64]:
-        listed = Seeds(
-            Population.concat([c.population for c in parts]), tuple(c.origin for c in parts)
-        )
-        offset = number + (64 if split == "report" else 0)
-        first_id = FINAL_ID + round_number * ROUND_IDS + offset * LIST_IDS
-        final_stage = replace(
-            stage,
-            name=f"{split} {number}",
-            algorithm=AlgorithmSpec("listed", {"repeats": "allow", "quantum": chunk}),
-            budget=Budget(),
-            seeds=listed,
-            adopt=None,
-            fidelity=-1,
-        )
-        algorithm = final_stage.algorithm.build(
-            stage.space, seed=config.seed, first_id=first_id, seeds=listed
-        )
-        leg = StageRun(
-            final_stage,
-            FINAL_STAGE + 128 * round_number + offset,
-            first_id,
-            config.seed,
-            store,
-            executor,
-            algorithm,
-            2 * executor.workers * chunk,
-            chunk,
-            evaluator_index=evaluators.index(stage.evaluator),
-            replicate=base[split] + number,
-            group_by=None,
-            other_runs=share,
-        )
-        leg.run()
-        if leg.interrupted:
-            raise KeyboardInterrupt
-        answers = stage_answers(store, final_stage, leg.index)
-        value = dict(
-            zip(stage.space.keys(answers.population), sign * answers.losses[:, 0], strict=True)
-        )
-        out = np.array([value.get(c.key, np.nan) for c in parts])
-        return np.where(np.isfinite(out), out, np.nan)
-
-    score_final(plans, final, sign, score)
-    _fill_groups(result, plans, final, sign)
-    records = store.records()
-    result.records = records
-    result.counts["final"] = int(
-        ((records.stage >= FINAL_STAGE) & ~records.cached & (records.state <= 2)).sum()
-    )
-
-
-def _fill_groups(result: Result, plans: Any, final: Final, sign: float) -> None:
-    from searchlab.final import best_of, chosen
-
-    for group, plan in zip(result.groups, plans, strict=True):
-        order = [c for c in chosen(plan, final, sign) if c.kind != "searched"]
-        group.winner = best_of(plan.finalists, sign) or group.winner
-        group.baselines = sorted(order, key=lambda c: (c.kind, c.violation, sign * c.selection))
-        group.finalists = list(plan.finalists)
-
-
-def _final_round(store: Store, entrants: Sequence[Contender]) -> int:
-    """A new round where the finalists are others than last time (the search went on)."""
-    keys = [contender.key.hex() for contender in entrants]
-    stored = store.get_meta("final") or {"round": -1, "keys": []}
-    if stored["keys"] != keys:
-        stored = {"round": stored["round"] + 1, "keys": keys}
-        store.set_meta("final", stored)
-    return int(stored["round"])
-
-
 def stored_result(config: SearchConfig, store: Store) -> Result:
     """The result of a run as its records tell it, the final included; evaluates nothing."""
     result = collect(config, store)
-    final = config.final
-    round_number = (store.get_meta("final") or {}).get("round")
-    if final is not None and round_number is not None:
-        groups = [group.group for group in result.groups]
-        plans = plan_final(result.everyone, final, groups, result.sign, upto=config.upto)
-        values: dict[int, dict[bytes, float]] = {}
-        records = store.records()
-        base = FINAL_STAGE + 128 * int(round_number)
-        for stage in np.unique(records.stage[records.stage >= base]).tolist():
-            part = records.take(np.flatnonzero((records.stage == stage) & (records.state == OK)))
-            keys = [key or b"" for key in part.keys]
-            values[stage - base] = dict(zip(keys, part.values[:, 0].tolist(), strict=True))
-
-        def score(split: str, number: int, parts: Sequence[Contender]) -> NDArray[np.float64]:
-            known = values.get(number + (64 if split == "report" else 0), {})
-            return np.array([known.get(contender.key, np.nan) for contender in parts])
-
-        score_final(plans, final, result.sign, score)
-        _fill_groups(result, plans, final, result.sign)
+    fill_final(config, result, store)
     result.meta.update(
         status=store.get_meta("status"),
         stop_reason=store.get_meta("stop_reason") or "",
@@ -478,8 +385,11 @@ def search(
     gpu_price: float | None = None,
     target: float | None = None,
     seed: int = 0,
-    algorithm: str | AlgorithmSpec = "evolution",
+    algorithm: str | AlgorithmSpec = AUTO,
     direction: Literal["min", "max"] = "min",
+    objectives: Mapping[str, Literal["min", "max"]] | None = None,
+    steer: str | None = None,
+    reference: Mapping[str, float] | None = None,
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
     warm_start: str | Path | None = None,
     final: Final | None = None,
@@ -498,15 +408,21 @@ def search(
 
     Args:
         space: what may vary.
-        objective: `f(**values) -> float`, a function decorated with `searchlab.evaluator`, or an
-            Evaluator.
+        objective: `f(**values) -> float` (with `objectives`: a tuple in their order, or a dict), a
+            function decorated with `searchlab.evaluator`, or an Evaluator.
         budget: evaluations to pay for, baselines apart; or a text such as "90min", "6gpuh" or
             "50usd" (see `searchlab.budget_text`), or a `Budget`.
         gpu_price: US dollars per device hour, for a budget in dollars.
         target: a value that is good enough to stop.
         seed: the one seed; equal seeds give equal traces.
-        algorithm: a registered name or a spec with options.
+        algorithm: a registered name or a spec with options; "auto" chooses by space, budget and
+            number of objectives when the run is opened (`result.meta["algorithm"]` says why).
         direction: of a plain function's value.
+        objectives: name -> "min" or "max", of a plain function that returns several values. With
+            two or more the result is a front (`result.trade_offs`), unless one of them steers.
+        steer: name of the one objective to optimise; the others are only recorded.
+        reference: objective -> value from which hypervolumes are measured; by default a little
+            beyond the worst of the first 16 candidates.
         baselines: name -> values; scored first, shown beside the result and used as parents.
         warm_start: name (in `database`) or folder of another run over an equal space; its ten best
             are proposed after the baselines. It must not have gone on when this run is resumed.
@@ -527,7 +443,8 @@ def search(
         callbacks: called after every recorded batch.
 
     Returns:
-        The result; `result.best.plan` holds the values.
+        The result; `result.best.plan` holds the values. Of several objectives
+        `result.trade_offs.members` are what nothing dominates, and `best` is the middle of them.
 
     Raises:
         ConfigError: a function that worker processes cannot load, among other bad input.
@@ -539,7 +456,7 @@ def search(
         executor = ExecutorOptions(executor, workers, deadline, retries).build()
     elif (workers, deadline, retries) != (None, None, None):
         raise ConfigError("workers, deadline and retries belong to the executor that is given")
-    evaluator = _as_evaluator(space, objective, direction, name)
+    evaluator = as_evaluator(space, objective, direction, objectives, name)
     spec = AlgorithmSpec(algorithm) if isinstance(algorithm, str) else algorithm
     seeds = None
     if baselines:
@@ -552,11 +469,20 @@ def search(
     if warm_start is not None:
         from searchlab.warm_start import best_of_run
 
-        warm = best_of_run(warm_start, space, evaluator.objectives[0], database=database)
+        names = [o.name for o in evaluator.objectives]
+        of = evaluator.objectives
+        if steer in names:
+            of = (of[names.index(steer)],)
+        warm = best_of_run(warm_start, space, of, database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
-    stage = Stage("search", space, evaluator, spec, limit, seeds=seeds)
-    stages = getattr(resolve(ALGORITHMS, spec.name, "algorithm"), "expand", as_it_is)(stage)
-    config = SearchConfig(stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final)
+    stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
+    if spec.name == AUTO:
+        stages: tuple[Stage, ...] = (stage,)
+    else:
+        stages = getattr(resolve(ALGORITHMS, spec.name, "algorithm"), "expand", as_it_is)(stage)
+    config = SearchConfig(
+        stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
+    )
     if isinstance(executor, ProcessExecutor):
         executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
@@ -575,18 +501,31 @@ def as_it_is(stage: Stage) -> tuple[Stage, ...]:
     return (stage,)
 
 
-def _as_evaluator(
+def as_evaluator(
     space: Space,
     objective: Callable[..., Any] | Evaluator | EvaluatorFunction[..., Any],
     direction: Literal["min", "max"],
+    objectives: Mapping[str, Literal["min", "max"]] | None,
     name: str,
 ) -> Evaluator:
+    """The evaluator that a user's function, decorated function or evaluator stands for."""
+    if objectives is not None:
+        if isinstance(objective, EvaluatorFunction | Evaluator) or not objectives:
+            raise ConfigError(
+                f"objectives {dict(objectives)!r}; allowed: one or more, of a plain function (an "
+                "evaluator has its own)"
+            )
+        if direction != "min":
+            raise ConfigError(f"direction {direction!r} beside objectives; allowed: either")
+        named = tuple(Objective(key, value) for key, value in objectives.items())
+    else:
+        named = (Objective("value", direction),)
     if isinstance(objective, EvaluatorFunction):
         objective = objective.build(space)
     elif not isinstance(objective, Evaluator):
         if not callable(objective):
             raise ConfigError(f"objective {objective!r}; allowed: a function or an Evaluator")
-        objective = FunctionEvaluator(objective, space, objectives=(Objective("value", direction),))
+        objective = FunctionEvaluator(objective, space, objectives=named)
     from searchlab.item_evaluator import ItemEvaluator
 
     if isinstance(objective, FunctionEvaluator | ItemEvaluator) and objective.version is None:

@@ -337,10 +337,8 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            if not self._conditional:
-                columns[key] = variable.repair(np.asarray(columns[key]))
-                continue
-            active[key] = self.activity(key, columns, active, len(population))
+            if self._conditional:
+                active[key] = self.activity(key, columns, active, len(population))
             columns[key] = variable.repair(
                 np.asarray(columns[key]), active[key] if variable.when else None
             )

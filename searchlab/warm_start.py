@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from searchlab._run_layout import LAYOUT
 from searchlab.algorithms.base import Seeds
 from searchlab.config import Answers, best_rows
 from searchlab.errors import ConfigError
@@ -19,7 +22,7 @@ __all__ = ["best_of_run"]
 def best_of_run(
     run: str | Path,
     space: Space,
-    objective: Objective,
+    objective: Objective | Sequence[Objective],
     *,
     k: int = 10,
     per: str | None = None,
@@ -33,7 +36,8 @@ def best_of_run(
     Args:
         run: a run's name or its folder.
         space: of the new run; the other one's must be equal.
-        objective: the first objective, whose direction says what is best.
+        objective: whose direction says what is best. Several are traded off: candidates that
+            nothing dominates come first. They are found by their names where the run has several.
         k: how many.
         per: name of a static cost (`space.cost`) whose integer values are groups of k each.
         database: where a run that is given by its name is kept.
@@ -51,6 +55,7 @@ def best_of_run(
     with Database(address.database) as base:
         store = base.read(address.name)
         fingerprint, records = store.space, store.records()
+        layout = store.get_meta(LAYOUT)
         store.close("")
     if fingerprint != space.fingerprint:
         raise ConfigError(f"warm start from run {address.name!r}: it is of another space")
@@ -62,8 +67,36 @@ def best_of_run(
     part = records.take(rows)
     first = {key: row for row, key in reversed(list(enumerate(part.keys)))}
     part = part.take(sorted(first.values()))
-    sign = 1.0 if objective.direction == "min" else -1.0
+    wanted = (objective,) if isinstance(objective, Objective) else tuple(objective)
+    columns = _columns(layout, int(last), wanted, part.values.shape[1], address.name)
+    signs = np.array([1.0 if o.direction == "min" else -1.0 for o in wanted])
     names = tuple(f"seed:{address.name} #{i}" for i in part.ids.tolist())
-    answers = Answers(space, space.unpack(part.genotypes), names, sign * part.values[:, :1])
+    answers = Answers(
+        space,
+        space.unpack(part.genotypes),
+        names,
+        signs * part.values[:, columns],
+        main=0 if len(wanted) == 1 else None,
+    )
     best = best_rows(answers, k, per, ("",))
     return Seeds(answers.population.take(best), tuple(names[i] for i in best.tolist()))
+
+
+def _columns(
+    layout: Any, stage: int, wanted: Sequence[Objective], width: int, run: str
+) -> list[int]:
+    """Which columns of a run's values are the wanted objectives: by name, else the first one."""
+    try:
+        known = [str(part[0]) for part in layout["stages"][stage]["objectives"]]
+    except (TypeError, KeyError, IndexError):
+        known = []
+    names = [objective.name for objective in wanted]
+    if len(wanted) == 1 and (len(known) < 2 or names[0] not in known):
+        return [0]
+    missing = [name for name in names if name not in known or known.index(name) >= width]
+    if missing:
+        raise ConfigError(
+            f"warm start from run {run!r}: it has no {', '.join(missing)}; known: "
+            f"{', '.join(known) or 'none'}"
+        )
+    return [known.index(name) for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from searchlab.evaluator import environment
 
-__all__ = ["Aim", "Journal", "Time", "flags", "spread", "timed"]
+__all__ = ["Aim", "Journal", "Time", "data_folder", "flags", "lacking", "spread", "timed"]
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ class Journal:
     Attributes:
         benchmark: name of the benchmark.
         options: what `flags` returned.
+        part: which part of a joined benchmark writes the next lines, "" = it has no parts.
     """
 
     benchmark: str
     options: argparse.Namespace
+    part: str = ""
     lines: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
 
@@ -97,7 +100,10 @@ class Journal:
         aims: Sequence[Aim] = (),
     ) -> None:
         """One case: what was measured, from which seeds, against which aims."""
-        line: dict[str, Any] = {"benchmark": self.benchmark, "case": name, **figures}
+        line: dict[str, Any] = {"benchmark": self.benchmark, "case": name}
+        if self.part:
+            line["part"] = self.part
+        line.update(figures)
         line["aims"] = [aim.to_json() for aim in aims]
         line["seeds"] = list(seeds)
         line["quick"] = bool(self.options.quick)
@@ -106,6 +112,10 @@ class Journal:
         self.lines.append(text)
         print(text, flush=True)
         self.missed += [f"{name}: {aim}" for aim in aims if aim.binding and not aim.met]
+
+    def skip(self, name: str, reason: str) -> None:
+        """A case that cannot be measured here: no figures, no aims, but a line that says so."""
+        self.case(name, {"skipped": reason})
 
     def close(self) -> int:
         """Writes the file if one was asked for; the exit status."""
@@ -124,6 +134,19 @@ class Time:
 
     wall: float
     cpu: float
+
+
+def lacking(*packages: str) -> str | None:
+    """Why a case with these peers cannot run here; None = it can."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def data_folder(name: str) -> Path | None:
+    """A folder of published tables below $SEARCHLAB_DATA; None = it is not on this machine."""
+    base = os.environ.get("SEARCHLAB_DATA")
+    folder = Path(base) / name if base else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def timed(run: Callable[[], object]) -> Time:

@@ -2,10 +2,11 @@
 
     python -m searchlab.experiments.benchmarks.executors [--quick] [--check] [--out FILE]
 
-Candidates sleep for 5 to 50 ms, a function of the candidate. The ideal throughput is that of workers
-that never wait; `limit_of_the_lag` is what the order of results leaves of it. The traces of 1, 2 and 8 workers, of
-workers that are killed again and again, and of a driver that is killed with SIGKILL three times are
-held against the trace of one process. `--quick` has fewer candidates and at most 4 workers.
+Candidates sleep for 5 to 50 ms, a function of the candidate. The ideal throughput is that of
+workers that never wait; `limit_of_the_lag` is what the order of results leaves of it. The traces of
+1, 2 and 8 workers, of workers that are killed again and again, and of a driver that is killed with
+SIGKILL three times are held against the trace of one process. `--quick` has fewer candidates and at
+most 4 workers.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: i
             "lag": LAG,
             "evaluations": len(records),
             "seconds": round(usage.wall_s, 3),
-            "share_of_ideal": round(nominal.sum() / count / usage.wall_s, 4),
+            "share_of_ideal": round(float(nominal.sum()) / count / usage.wall_s, 4),
             "limit_of_the_lag": round(_limit(nominal, LAG, count), 4),
             "busy": round(usage.utilisation, 4),
             "driver_cpu_ms_per_evaluation": round(1e3 * cpu / len(records), 3),
@@ -165,7 +166,7 @@ def _free(journal: Journal, workers: int, budget: int) -> None:
     executor = ProcessExecutor(workers=workers)
     records = _records(replace(_sleeping(budget), lag="free"), executor)
     usage = executor.usage()
-    share = round(_nominal_seconds(records).sum() / workers / usage.wall_s, 4)
+    share = round(float(_nominal_seconds(records).sum()) / workers / usage.wall_s, 4)
     journal.case(
         "throughput, free running",
         {

@@ -80,9 +80,16 @@ class Algorithm:
         seeds: proposed first, in order; repeats among them are dropped.
         repeats: "redraw" (a known candidate is drawn again, up to 8 times, then its id is void) or
             "allow" (published presets: a repeat is a job that the cache answers).
+
+    Attributes:
+        min_objectives, max_objectives: how many columns of losses it can make use of; None = any.
+        quantum: ids per ask group.
+        max_lag: the largest lag under which it works as meant; None = any.
     """
 
     name: ClassVar[str] = ""
+    min_objectives: ClassVar[int] = 1
+    max_objectives: ClassVar[int | None] = 1
     quantum: int = 1
     max_lag: int | None = None
 
@@ -129,6 +136,19 @@ class Algorithm:
         return None
 
     # -- the contract -----------------------------------------------------------------------
+
+    def check_objectives(self, m: int) -> None:
+        """Raises ConfigError where this algorithm does not serve m objectives."""
+        if self.max_objectives is not None and m > self.max_objectives:
+            raise ConfigError(
+                f"algorithm {self.name!r} with {m} objectives; allowed: {self.max_objectives} "
+                "(say which objective steers), or nsga2 (two or more), nsga3 (three or more)"
+            )
+        if m < self.min_objectives:
+            raise ConfigError(
+                f"algorithm {self.name!r} with {m} objective; allowed: {self.min_objectives} or "
+                "more (evolution serves one objective, cma one of real variables)"
+            )
 
     def ask(self, first_id: int, n: int) -> Jobs:
         """Candidates for the ids first_id .. first_id + n - 1.

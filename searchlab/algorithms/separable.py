@@ -280,13 +280,14 @@ class Separable(Evolution):
     @staticmethod
     def expand(stage: Stage) -> tuple[Stage, ...]:
         """The profile and the search of a stage whose budget covers both."""
-        return stages(
+        first, second = stages(
             stage.space,
             stage.evaluator,
             stage.budget,
             options=stage.algorithm.options,
-            seeds=stage.seeds,
         )
+        # What else the stage was given (baselines, which objective steers) stays with the search.
+        return first, replace(stage, budget=second.budget, adopt=second.adopt)
 
 
 def stages(

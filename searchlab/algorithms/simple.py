@@ -23,6 +23,7 @@ class Listed(Algorithm):
     """
 
     name: ClassVar[str] = "listed"
+    max_objectives: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Random(Algorithm):
     """Uniform random candidates of the space."""
 
     name: ClassVar[str] = "random"
+    max_objectives: ClassVar[int | None] = None
 
     def _draw(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw | None:
         return Draw(self.space.sample(u), ["random"] * len(ids), no_parents(len(ids)))

@@ -137,6 +137,7 @@ class Supervisor:
         self._workers = [_Worker(number) for number in range(workers)]
         self._tasks: deque[Task] = deque()
         self._lock = threading.Lock()
+        self._look_at = 0.0
         self._stopping = False
         self._announced = False
         self._wake_in, self._wake_out = socket.socketpair()
@@ -299,6 +300,9 @@ class Supervisor:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        look = now >= self._look_at  # asking after each process costs as much as feeding one
+        if look:
+            self._look_at = now + TICK
         for worker in self._workers:
             if worker.process is None:
                 if now >= worker.resume_at:
@@ -307,7 +311,7 @@ class Supervisor:
             if worker.task is not None and now >= worker.until:
                 worker.late = True
                 self._bury(worker)
-            elif worker.end is None or worker.end.closed or _has_ended(worker.process):
+            elif worker.end is None or worker.end.closed or (look and _has_ended(worker.process)):
                 if worker.end is not None and not worker.end.closed:
                     for message in worker.end.read():  # what it said before it ended
                         self._hear(worker, message, ended=True)

@@ -57,11 +57,21 @@ SPACES: dict[str, Callable[[], Space]] = {
 }
 
 
-def losses_of(space: Space, population: Population) -> NDArray[np.float64]:
-    """Some fixed loss of each candidate, float64 (n, 1)."""
+def losses_of(space: Space, population: Population, objectives: int = 1) -> NDArray[np.float64]:
+    """Some fixed losses of each candidate, float64 (n, objectives)."""
     keys = space.keys(population)
-    numbers = [int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "big") for key in keys]
-    return np.array(numbers, dtype=np.float64).reshape(-1, 1) / 2**48
+    numbers = [
+        [
+            int.from_bytes(hashlib.blake2b(key, digest_size=6, salt=_salt(i)).digest(), "big")
+            for i in range(objectives)
+        ]
+        for key in keys
+    ]
+    return np.array(numbers, dtype=np.float64).reshape(-1, objectives) / 2**48
+
+
+def _salt(objective: int) -> bytes:
+    return b"" if objective == 0 else b"%d" % objective
 
 
 def sampled_seeds(space: Space, n: int) -> Seeds:
@@ -70,9 +80,9 @@ def sampled_seeds(space: Space, n: int) -> Seeds:
     return Seeds(rows, tuple(f"seed:{i}" for i in range(n)))
 
 
-def told_of(space: Space, jobs: Jobs, fail_every: int = 0) -> Told:
+def told_of(space: Space, jobs: Jobs, fail_every: int = 0, objectives: int = 1) -> Told:
     """Answers to jobs; every so many candidates fail."""
-    losses = losses_of(space, jobs.population)
+    losses = losses_of(space, jobs.population, objectives)
     if fail_every:
         losses[jobs.ids % fail_every == 0] = np.inf
     return Told(jobs.ids, jobs.population, losses, np.zeros(len(jobs)))
@@ -81,11 +91,14 @@ def told_of(space: Space, jobs: Jobs, fail_every: int = 0) -> Told:
 def drive(
     algorithm: Algorithm, n: int, *, fail_every: int = 0, most_empty: int = 300
 ) -> list[Jobs]:
-    """Asks for n ids in groups of the quantum, telling each group before the next."""
+    """Asks for n ids in groups of the quantum, telling each group before the next.
+
+    An algorithm is told as many losses as it needs at least.
+    """
     out, empty, start = [], 0, algorithm.first_id
     while start < algorithm.first_id + n and empty < most_empty:
         jobs = algorithm.ask(start, algorithm.quantum)
-        algorithm.tell(told_of(algorithm.space, jobs, fail_every))
+        algorithm.tell(told_of(algorithm.space, jobs, fail_every, algorithm.min_objectives))
         empty = 0 if len(jobs) else empty + algorithm.quantum
         start += algorithm.quantum
         out.append(jobs)
@@ -172,7 +185,7 @@ class AlgorithmSuite:
             second = algorithm.ask(start, algorithm.quantum)
             assert proposals([first]) == proposals([second])
             assert first.population.equals(second.population)
-            algorithm.tell(told_of(space, first))
+            algorithm.tell(told_of(space, first, 0, algorithm.min_objectives))
             start += algorithm.quantum
 
     def test_rows_do_not_depend_on_the_group_they_are_asked_in(
@@ -193,7 +206,8 @@ class AlgorithmSuite:
         population = Population.concat([jobs.population for jobs in parts])
         ids = np.concatenate([jobs.ids for jobs in parts])
         keys = [key for jobs in parts for key in jobs.keys]
-        everything = Told(ids, population, losses_of(space, population), np.zeros(len(ids)))
+        losses = losses_of(space, population, stepwise.min_objectives)
+        everything = Told(ids, population, losses, np.zeros(len(ids)))
         rebuilt = [self.new(build, space), self.new(build, space)]
         for algorithm in rebuilt:
             algorithm.issue(ids, keys)

@@ -1,0 +1,1 @@
+"""Our spaces and evaluators under the algorithms of other libraries."""
