@@ -237,23 +237,13 @@ def _note(stage: Stage, seed: int) -> dict[str, Any]:
     if stage.algorithm.options:
         names = ", ".join(stage.algorithm.options)
         raise ConfigError(f"options of auto: {names}; allowed: none (name the algorithm)")
-    chosen = _available(chosen_for(stage))
+    chosen = chosen_for(stage)
     return note | {
         "algorithm": chosen.spec.name,
         "options": dict(chosen.spec.options),
         "reason": chosen.reason,
         "settings": _settings(stage, chosen.spec, seed),
     }
-
-
-def _available(chosen: Chosen) -> Chosen:
-    """The choice, or evolution where this installation lacks it."""
-    from searchlab.config import ALGORITHMS, AlgorithmSpec, known_names
-
-    name = chosen.spec.name
-    if name in known_names(ALGORITHMS, "algorithm"):
-        return chosen
-    return Chosen(AlgorithmSpec("evolution"), f"{chosen.reason}; {name!r} is not registered")
 
 
 def _settings(stage: Stage, spec: AlgorithmSpec, seed: int) -> Any:

@@ -50,9 +50,11 @@ ALGORITHMS: dict[str, str] = {
     "nsga2": "searchlab.algorithms.front:NSGA2",
     "nsga3": "searchlab.algorithms.front:NSGA3",
     "paired_race": "searchlab.algorithms.paired_race:PairedRace",
+    "profile": "searchlab.algorithms.profile:Profile",
     "race": "searchlab.algorithms.racing:Race",
     "random": "searchlab.algorithms.simple:Random",
     "regularised_evolution": "searchlab.algorithms.aging:RegularisedEvolution",
+    "separable": "searchlab.algorithms.separable:Separable",
     "successive_halving": "searchlab.algorithms.halving:SuccessiveHalving",
     "tpe": "searchlab.algorithms.optuna:TPE",
 }

@@ -28,7 +28,16 @@ from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.auto import AUTO, reasons, settled
-from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
+from searchlab.config import (
+    ALGORITHMS,
+    AlgorithmSpec,
+    Budget,
+    Final,
+    SearchConfig,
+    Stage,
+    resolve,
+    stage_digest,
+)
 from searchlab.errors import ConfigError, StudyError
 from searchlab.evaluator import (
     Evaluator,
@@ -137,9 +146,10 @@ def build_algorithm(
         adopted = stage.adopt(
             stage_answers(store, config.stages[index - 1], index - 1), stage.space
         )
-        seeds = Seeds(
-            Population.concat([seeds.population, adopted.population]),
-            (*seeds.origin, *adopted.origin),
+        seeds = replace(  # what else a rule hands over to its algorithm goes with them
+            adopted,
+            population=Population.concat([seeds.population, adopted.population]),
+            origin=(*seeds.origin, *adopted.origin),
         )
     algorithm = stage.build_algorithm(seed=config.seed, first_id=first_id, seeds=seeds)
     stage.check_objectives(algorithm)
@@ -474,8 +484,12 @@ def search(
         warm = best_of_run(warm_start, space, of, database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
+    if spec.name == AUTO:
+        stages: tuple[Stage, ...] = (stage,)
+    else:
+        stages = getattr(resolve(ALGORITHMS, spec.name, "algorithm"), "expand", as_it_is)(stage)
     config = SearchConfig(
-        (stage,), name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
+        stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
     if isinstance(executor, ProcessExecutor):
         executor.check((evaluator,))  # before a run folder is made
@@ -488,6 +502,11 @@ def search(
     return run_in_database(
         config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
     )
+
+
+def as_it_is(stage: Stage) -> tuple[Stage, ...]:
+    """The stages of an algorithm that needs one."""
+    return (stage,)
 
 
 def as_evaluator(
