@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from searchlab.algorithms.base import Algorithm, Seeds
+    from searchlab.result import Result
 
 __all__ = [
     "ALGORITHMS",
@@ -114,6 +115,13 @@ class AlgorithmSpec:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def notes(self, result: Result) -> list[str]:
+        """What the algorithm has to say of a finished search."""
+        if self.name == AUTO:
+            return []
+        says = getattr(resolve(ALGORITHMS, self.name, "algorithm"), "notes", None)
+        return [] if says is None else list(says(result))
 
     def build(
         self,

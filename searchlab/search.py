@@ -346,7 +346,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "pace": store.get_meta("pace") or {},
         "algorithm": reasons(config, store),
     }
-    return Result(
+    result = Result(
         store.name,
         last.space,
         objective,
@@ -361,6 +361,8 @@ def collect(config: SearchConfig, store: Store) -> Result:
         trade_offs=trades,
         main=last.main,
     )
+    meta["notes"] = last.algorithm.notes(result)
+    return result
 
 
 def _groups_of(space: Space, population: Population, group_by: str | None) -> NDArray[np.int64]:
