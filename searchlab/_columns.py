@@ -3,102 +3,35 @@
 A column is one block of elements with a label for each. Given prices of the budgets a block's best
 column is found exactly: without a limit every element takes its own best label, with a limit every
 set of so many labels is tried for every block at once. The master program over the columns found so
-far, a linear one by HiGHS, gives new prices; any prices give a lower bound. An integer program over
-the columns then gives a plan, another one over the labels that can still matter improves it.
+far, a linear one by HiGHS, gives new prices; any prices give a lower bound. What makes a plan of
+columns is `searchlab._many_budgets`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab._exact import Found
-from searchlab._label_program import NODES, Many
+from searchlab._label_program import Many
 from searchlab.errors import ConfigError
 
-__all__ = ["MOST_SETS", "solve_many_budgets"]
+__all__ = ["MOST_SETS", "Generation"]
 
 Array = NDArray[Any]
 
 MOST_SETS = 20_000  # sets of labels that are tried per block
 ROUNDS = 200  # of column generation
-CORE = 100  # labels beyond one per element that a first integer program looks at
-MOST_CORE = 1000  # and beyond this many no further one is tried for a better plan
 SETS = 8  # per block, that the last program looks at
 FLIPS = 7  # elements of a block that may leave their best label there
 COLUMN_NODES = 60
 BLOCK = 32  # elements of a block where nothing else groups them
-SMALL = 1500  # binaries of a program that HiGHS finishes by itself
 _AT_ONCE = 4_000_000  # entries of the table of sets
 _FAR = 1e4  # price of leaving a budget, in units of the largest loss per unit of budget
-
-
-def solve_many_budgets(problem: Many, gap: float) -> Found:
-    """A plan with a bound; see `solve_one_budget`. `price` holds one number per budget."""
-    problem = problem.lean()
-    generation = Generation(problem)
-    generation.run(gap / 20)
-    bound, prices = generation.bound, generation.prices
-    if generation.empty:
-        return Found(None, np.inf, prices)
-    if generation.limited:
-        sets = generation.dive()
-        free = replace(problem, losses=np.where(sets, problem.losses, np.inf), groups=None)
-        inner = Generation(free)
-        inner.run(gap / 20)
-        best = None if inner.empty else _near(free, inner, gap, most=0)
-        if best is not None and not _within(problem.loss(best), bound, gap):
-            best = generation.improved(best, gap)
-    else:
-        best = _near(problem, generation, gap, most=MOST_CORE)
-    value = np.inf if best is None else problem.loss(best)
-    if not _within(value, bound, gap):
-        found, proved = _in_full(problem, prices, bound, value, gap)
-        if found is not None:
-            best, value = found, problem.loss(found)
-        bound = max(bound, proved)
-    return Found(best, min(bound, value), prices)
-
-
-def _near(
-    problem: Many, generation: Generation, gap: float, *, most: int
-) -> NDArray[np.int64] | None:
-    """The best plan of the labels that cost next to nothing under the best prices; no limit."""
-    reduced = generation.reduced()
-    order = np.sort(reduced[np.isfinite(reduced)])
-    best, value, more = None, np.inf, CORE
-    while True:
-        last = len(reduced) + more >= len(order)
-        reach = order[-1 if last else len(reduced) + more]
-        found, _ = problem.program(reduced <= reach, value).solve(gap=gap / 4, nodes=NODES // 8)
-        if found is not None and problem.keeps(found) and problem.loss(found) < value:
-            best, value = found, problem.loss(found)
-        if last or _within(value, generation.bound, gap) or (best is not None and more > most):
-            return best
-        more *= 2
-
-
-def _in_full(
-    problem: Many, prices: Array, bound: float, value: float, gap: float
-) -> tuple[NDArray[np.int64] | None, float]:
-    """What HiGHS finds and proves where few enough labels can be part of a better plan."""
-    allowed = Generation(problem).useful(prices, value - bound)
-    if allowed.sum() > SMALL:
-        return None, bound
-    program = problem.program(allowed, value)
-    found, proved = program.solve(groups=problem.groups, most=problem.most, gap=gap)
-    if found is not None and not (problem.keeps(found) and problem.loss(found) < value):
-        found = None
-    return found, proved if np.isfinite(proved) else bound
-
-
-def _within(value: float, bound: float, gap: float) -> bool:
-    return np.isfinite(value) and value - bound <= max(gap * value, 1e-12)
 
 
 @dataclass
@@ -327,6 +260,11 @@ class Generation:
 
     # -- from the bound to a plan ---------------------------------------------------------------
 
+    def priced_sums(self) -> tuple[Array, Array]:
+        """Losses plus costs at the best prices, (e, k); every block's least sum under every set."""
+        priced = self._priced(self.prices)
+        return priced, self._set_sums(priced[self.order])
+
     def reduced(self) -> Array:
         """What every label costs under the best prices beyond its element's best; no limit."""
         priced = self._priced(self.prices)
@@ -340,8 +278,7 @@ class Generation:
         """
         assert self.sets is not None
         room = self.problem.loss(plan) - self.bound
-        priced = self._priced(self.prices)
-        sums = self._set_sums(priced[self.order])
+        priced, sums = self.priced_sums()
         flips = (np.arange(2**FLIPS)[:, None] >> np.arange(FLIPS)) & 1
         found: list[Array] = []
         for number, rows in enumerate(self.members):
@@ -383,17 +320,17 @@ class Generation:
         better = self.problem.keeps(out) and self.problem.loss(out) < limit
         return out if better else plan
 
-    def useful(self, prices: Array, reach: float) -> NDArray[np.bool_]:
-        """Labels that a plan better than the bound of these prices plus `reach` can take."""
+    def useful(self, reach: float) -> NDArray[np.bool_]:
+        """Labels that a plan better than the bound plus `reach` can take."""
         allowed = np.isfinite(self.problem.losses)
         if not np.isfinite(reach):
             return allowed
         room = reach * (1 + 1e-9) + 1e-12
-        priced = self._priced(prices)
         if self.sets is None:
+            priced = self._priced(self.prices)
             near: NDArray[np.bool_] = priced - priced.min(axis=1, keepdims=True) <= room
             return allowed & near
-        sums = self._set_sums(priced[self.order])
+        _, sums = self.priced_sums()
         block, number = np.nonzero(sums - sums.min(axis=1, keepdims=True) <= room)
         used = np.zeros((len(sums), allowed.shape[1]), dtype=bool)
         used[block[:, None], self.sets[number]] = True

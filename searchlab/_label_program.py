@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NODES", "LabelProgram", "Many"]
+__all__ = ["NODES", "PROVED_EMPTY", "LabelProgram", "Many", "highs"]
 
 Array = NDArray[Any]
 
 NODES = 4000  # of a branch and bound; a number of nodes and not of seconds, for equal answers
-_PROVED_EMPTY = 2
+PROVED_EMPTY = 2
 _CLOSEST = 1e-9  # relative gap; HiGHS' absolute one is as small in these units
 
 
@@ -108,8 +108,8 @@ class LabelProgram:
             sums = coo_matrix((np.ones(extra), places), shape=(int(groups.max()) + 1, n + extra))
             parts.append((link, np.full(n, -np.inf), np.zeros(n)))
             parts.append((sums, np.zeros(sums.shape[0]), np.full(sums.shape[0], float(most))))
-        answer = _milp(weight, extra, parts, np.ones(n + extra), gap, nodes)
-        if answer.status == _PROVED_EMPTY:
+        answer = highs(weight, extra, parts, np.ones(n + extra), gap, nodes)
+        if answer.status == PROVED_EMPTY:
             return None, self.limit
         proved = -np.inf if answer.mip_dual_bound is None else answer.mip_dual_bound
         proved = min(fixed + max(proved, 0.0) * unit, self.limit)
@@ -181,7 +181,7 @@ class Many:
         return float(self.losses[np.arange(len(labels)), labels].sum())
 
 
-def _milp(
+def highs(
     weight: Array,
     extra: int,
     parts: list[tuple[Any, Array, Array]],

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab._columns import solve_many_budgets
 from searchlab._exact import Found, solve_one_budget, whole_units
 from searchlab._hull import Hull, hull_of
 from searchlab._label_program import Many
+from searchlab._many_budgets import solve_many_budgets
 from searchlab.errors import ConfigError
 
 __all__ = ["Front", "Limit", "SeparableProgram", "Solution"]
