@@ -82,7 +82,7 @@ class SetProgram:
         """How many binaries there are."""
         return len(self._pairs[0]) + len(self._below[3])
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether it holds every plan."""
         finite = np.isfinite(self.sums)
@@ -103,55 +103,88 @@ class SetProgram:
             Labels int64 (e,) within all limits or None, and a bound that holds for every plan of
             the problem; inf = there is none.
         """
-        from scipy.sparse import coo_matrix
+        from scipy.sparse import csr_matrix
 
-        groups, _, _ = self._pairs
-        pair, element, base, at, other = self._below
-        n, m, g = len(groups), len(at), len(self.members)
-        losses, costs = self.problem.losses, self.problem.costs
-        b = len(costs)
-        weight = np.zeros(n + m)
-        cost = np.zeros((b, n + m))
-        weight[:n] = np.bincount(pair, losses[element, base], n)
-        weight[n:] = losses[element[at], other] - losses[element[at], base[at]]
-        for i in range(b):
-            cost[i, :n] = np.bincount(pair, costs[i, element, base], n)
-        cost[:, n:] = costs[:, element[at], other] - costs[:, element[at], base[at]]
-        # Costs from every group's cheapest set on, in units of what an element's change makes.
-        floor = np.full((b, g), np.inf)
-        for i in range(b):
-            np.minimum.at(floor[i], groups, cost[i, :n])
-        cost[:, :n] -= floor[:, groups]
-        unit = np.abs(cost[:, n:]).max(axis=1, initial=0.0)
-        unit = np.where(unit > 0, unit, np.maximum(cost.max(axis=1, initial=0.0), 1e-300))
-        spent = floor.sum(axis=1)
-        ends = [(end - spent) / unit for end in (self.problem.lower, self.problem.upper)]
-        once = coo_matrix((np.ones(n), (groups, np.arange(n))), shape=(g, n + m))
-        # An element leaves its best label at most once, and only below its set.
-        rows, which = np.unique(at, return_inverse=True)
-        places = np.concatenate([which, np.arange(len(rows))])
-        columns = np.concatenate([n + np.arange(m), pair[rows]])
-        ones = np.concatenate([np.ones(m), -np.ones(len(rows))])
-        link = coo_matrix((ones, (places, columns)), shape=(len(rows), n + m))
-        parts = [
-            (once, np.ones(g), np.ones(g)),
-            (coo_matrix(cost / unit[:, None]), ends[0], ends[1]),
-            (link, np.full(len(rows), -np.inf), np.zeros(len(rows))),
-        ]
-        scale = self.room if np.isfinite(self.room) else float(np.abs(weight).max(initial=0.0))
+        weight, cost, ends = self._coefficients()
+        n, parts = len(weight), self._ties()
+        gap = min(gap, 0.5)
+        scale = self.room if np.isfinite(self.room) else float(np.abs(weight).max())
         scale = scale if scale > 0 else 1.0
-        answer = highs(weight / scale, 0, parts, np.ones(n + m), gap, nodes)
         most = np.inf if self.whole else self.bound + self.room
+        if not self.whole:
+            # A way out of all blocks at once, so dear that HiGHS ends where it has proved what
+            # can be proved here. It spends the budgets in full and buys no other plan anything.
+            out = np.where(
+                np.isfinite(ends[1]), ends[1], np.where(np.isfinite(ends[0]), ends[0], 0)
+            )
+            parts = [_joined(parts[0], np.ones(len(self.members))), _joined(parts[1], None)]
+            weight, cost = np.append(weight, most / (1 - gap)), np.column_stack([cost, out])
+        once, link = parts
+        rows = [
+            (once, np.ones(once.shape[0]), np.ones(once.shape[0])),
+            (csr_matrix(cost), *ends),
+            (link, np.full(link.shape[0], -np.inf), np.zeros(link.shape[0])),
+        ]
+        answer = highs(weight / scale, 0, rows, np.ones(len(weight)), gap, nodes)
         if answer.status == PROVED_EMPTY:
             return None, most
         proved = -np.inf if answer.mip_dual_bound is None else answer.mip_dual_bound * scale
         proved = min(max(proved, self.bound), most)
-        if answer.x is None:
+        if answer.x is None or (answer.x[n:] > 0.5).any():
             return None, proved
-        labels = np.empty(len(losses), dtype=np.int64)
-        taken = answer.x > 0.5
+        labels = self._read(answer.x[:n] > 0.5)
+        return (labels if self.problem.keeps(labels) else None), proved
+
+    def _coefficients(self) -> tuple[Array, Array, tuple[Array, Array]]:
+        """Losses and costs of the binaries, and the ends of the budgets."""
+        groups, _, _ = self._pairs
+        pair, element, base, at, other = self._below
+        losses, costs = self.problem.losses, self.problem.costs
+        n, b = len(groups), len(costs)
+        here, there = element[at], base[at]
+        weight = np.bincount(pair, losses[element, base], n)
+        weight = np.concatenate([weight, losses[here, other] - losses[here, there]])
+        upper = np.array([np.bincount(pair, part[element, base], n) for part in costs])
+        below = costs[:, here, other] - costs[:, here, there]
+        # Costs from every group's cheapest set on, in units of the largest that an element adds.
+        floor = np.full((b, len(self.members)), np.inf)
+        for least, values in zip(floor, upper, strict=True):
+            np.minimum.at(least, groups, values)
+        cost = np.concatenate([upper.reshape(b, n) - floor[:, groups], below], axis=1)
+        unit = np.abs(below).max(axis=1, initial=0.0)
+        unit = np.where(unit > 0, unit, np.maximum(cost.max(axis=1, initial=0.0), 1.0))
+        spent = floor.sum(axis=1)
+        ends = (self.problem.lower - spent) / unit, (self.problem.upper - spent) / unit
+        return weight, cost / unit[:, None], ends
+
+    def _ties(self) -> list[Any]:
+        """One set per group; an element leaves its best label once, and only below its set."""
+        from scipy.sparse import coo_matrix
+
+        groups, _, _ = self._pairs
+        pair, _, _, at, _ = self._below
+        n, m = len(groups), len(at)
+        once = coo_matrix((np.ones(n), (groups, np.arange(n))), (len(self.members), n + m))
+        rows, which = np.unique(at, return_inverse=True)
+        places = np.concatenate([which, np.arange(len(rows))])
+        columns = np.concatenate([n + np.arange(m), pair[rows]])
+        ones = np.concatenate([np.ones(m), -np.ones(len(rows))])
+        return [once, coo_matrix((ones, (places, columns)), (len(rows), n + m))]
+
+    def _read(self, taken: Array) -> NDArray[np.int64]:
+        """The labels of a choice of binaries."""
+        n = len(self._pairs[0])
+        pair, element, base, at, other = self._below
+        labels = np.empty(len(self.priced), dtype=np.int64)
         mine = taken[:n][pair]
         labels[element[mine]] = base[mine]
-        moved = at[taken[n:]]
-        labels[element[moved]] = other[taken[n:]]
-        return (labels if self.problem.keeps(labels) else None), proved
+        labels[element[at[taken[n:]]]] = other[taken[n:]]
+        return labels
+
+
+def _joined(matrix: Any, column: Array | None) -> Any:
+    """With one more column, of zeros where None."""
+    from scipy.sparse import coo_matrix, hstack
+
+    values = np.zeros(matrix.shape[0]) if column is None else column
+    return hstack([matrix, coo_matrix(values[:, None])])

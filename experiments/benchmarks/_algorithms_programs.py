@@ -235,7 +235,7 @@ def heads(report: Report, quick: bool) -> None:
     """Four budgets and two rules per layer."""
     spans(32, 0, 0.5).solve()  # scipy's solvers are loaded
     for sigma in (0.5,) if quick else (0.5, 0.8):
-        seeds = range(1 if quick else 5)
+        seeds = range(1 if quick else 10)
         seconds, gaps, limited = [], [], True
         for seed in seeds:
             program = spans(1024, seed, sigma)
@@ -245,14 +245,13 @@ def heads(report: Report, quick: bool) -> None:
             limited &= max(len(set(row)) for row in labels.tolist()) <= 2
             limited &= max(answer.costs.values()) <= 0.5 + 1e-9
             gaps.append(answer.gap)
-        binding = sigma == 0.5
         report.case(
             f"1,024 heads, 48 rules, four budgets, two rules per layer, sigma {sigma}",
             {"seconds": spread(seconds), "certified_gap": spread(gaps), "feasible": limited},
             seeds=seeds,
             aims=[
-                Aim("slowest, s", max(seconds), "at most", 5.0, binding=binding),
-                Aim("largest gap", max(gaps), "at most", 1e-3, binding=binding),
+                Aim("slowest, s", max(seconds), "at most", 5.0),
+                Aim("largest gap", max(gaps), "at most", 1e-3),
                 Aim("plans within all limits", float(limited), "at least", 1),
             ],
         )

@@ -226,6 +226,76 @@ def test_many_budgets_and_two_labels_per_layer_are_solved_with_a_proof() -> None
     assert free.gap < 1e-3
 
 
+def spans(heads: int, layers: int, seed: int) -> SeparableProgram:
+    """Made-up sensitivities of heads to their widths, two budgets, two widths per layer."""
+    rng = np.random.default_rng(seed)
+    scale, power = 10 ** rng.normal(0, 0.6, heads), rng.uniform(0.5, 2, heads)
+    width = np.arange(1, 25)
+    losses = scale[:, None] * width[None] ** -power[:, None]
+    budgets = [
+        Limit(width / 24 / heads, upper=0.5, name="a"),
+        Limit((width / 24) ** 2 / heads, 0.33, name="b"),
+    ]
+    return SeparableProgram(losses, budgets, None, (), 2, np.arange(heads) * layers // heads)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_labels_per_layer_are_proved_to_a_thousandth(seed: int) -> None:
+    program = spans(256, 16, seed)
+    answer = program.solve()
+    assert keeps(program, answer.labels)
+    assert answer.gap <= 1e-3
+    again = program.solve()
+    assert (again.labels == answer.labels).all()
+    assert again.bound == answer.bound
+
+
+def test_windows_prove_what_the_whole_program_proves() -> None:
+    """The bound of every window is below the optimum, which a wide enough one finds."""
+    from searchlab._columns import Generation
+    from searchlab._label_program import Many
+    from searchlab._set_program import SetProgram
+
+    found_any = 0
+    for seed in range(12):
+        program = spans(16, 4, seed)
+        costs = np.stack([b.costs for b in program.budgets])
+        losses = program.losses - program.losses.min(axis=1, keepdims=True)
+        upper = np.array([b.upper for b in program.budgets])
+        problem = Many(losses, costs, np.full(2, -np.inf), upper, program.groups, 2)
+        generation = Generation(problem)
+        generation.run(1e-6)
+        priced, sums = generation.priced_sums()
+        optimum = program.solve(gap=1e-7).loss - program.losses.min(axis=1).sum()
+        for share in (1e-3, 0.01, 0.1, 1.0):
+            room = share * generation.bound
+            assert generation.sets is not None
+            window = SetProgram(
+                problem, priced, generation.members, generation.sets, sums, generation.bound, room
+            )
+            labels, proved = window.solve(1e-6, 1000)
+            assert generation.bound <= proved <= optimum * (1 + 1e-6)
+            inside = optimum <= generation.bound + room
+            if labels is not None:
+                assert problem.keeps(labels)
+                assert problem.loss(labels) >= optimum * (1 - 1e-6)
+            if inside:
+                assert labels is not None
+                assert problem.loss(labels) == pytest.approx(optimum, rel=1e-5)
+                found_any += 1
+            else:
+                assert proved == pytest.approx(generation.bound + room, rel=1e-5)
+    assert found_any > 12
+
+
+def test_plans_that_every_window_lacks_are_proved_not_to_exist() -> None:
+    """Shares of labels keep both budgets, whole labels do not."""
+    cost = np.array([[0.0, 2.0], [0.0, 2.0], [0.0, 2.0]])
+    limit = Limit(cost, upper=3.5, lower=2.5)
+    with pytest.raises(ConfigError, match="allowed"):
+        SeparableProgram(cost, [limit], None, (), 1, [0, 1, 2]).solve()
+
+
 # -- a measured table, where it is there ----------------------------------------------------------
 
 
