@@ -226,15 +226,15 @@ def test_many_budgets_and_two_labels_per_layer_are_solved_with_a_proof() -> None
     assert free.gap < 1e-3
 
 
-def spans(heads: int, layers: int, seed: int) -> SeparableProgram:
+def spans(heads: int, layers: int, seed: int, widths: int = 24) -> SeparableProgram:
     """Made-up sensitivities of heads to their widths, two budgets, two widths per layer."""
     rng = np.random.default_rng(seed)
     scale, power = 10 ** rng.normal(0, 0.6, heads), rng.uniform(0.5, 2, heads)
-    width = np.arange(1, 25)
+    width = np.arange(1, widths + 1)
     losses = scale[:, None] * width[None] ** -power[:, None]
     budgets = [
-        Limit(width / 24 / heads, upper=0.5, name="a"),
-        Limit((width / 24) ** 2 / heads, 0.33, name="b"),
+        Limit(width / widths / heads, upper=0.5, name="a"),
+        Limit((width / widths) ** 2 / heads, 0.33, name="b"),
     ]
     return SeparableProgram(losses, budgets, None, (), 2, np.arange(heads) * layers // heads)
 
@@ -257,8 +257,8 @@ def test_windows_prove_what_the_whole_program_proves() -> None:
     from searchlab._set_program import SetProgram
 
     found_any = 0
-    for seed in range(12):
-        program = spans(16, 4, seed)
+    for seed in range(8):
+        program = spans(12, 3, seed, widths=6)
         costs = np.stack([b.costs for b in program.budgets])
         losses = program.losses - program.losses.min(axis=1, keepdims=True)
         upper = np.array([b.upper for b in program.budgets])
@@ -267,7 +267,7 @@ def test_windows_prove_what_the_whole_program_proves() -> None:
         generation.run(1e-6)
         priced, sums = generation.priced_sums()
         optimum = program.solve(gap=1e-7).loss - program.losses.min(axis=1).sum()
-        for share in (1e-3, 0.01, 0.1, 1.0):
+        for share in (1e-3, 0.01, 0.1):
             room = share * generation.bound
             assert generation.sets is not None
             window = SetProgram(
@@ -285,7 +285,7 @@ def test_windows_prove_what_the_whole_program_proves() -> None:
                 found_any += 1
             else:
                 assert proved == pytest.approx(generation.bound + room, rel=1e-5)
-    assert found_any > 12
+    assert found_any >= 4
 
 
 def test_plans_that_every_window_lacks_are_proved_not_to_exist() -> None:
