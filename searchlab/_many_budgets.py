@@ -31,10 +31,13 @@ FIRST_WINDOW = 0.5  # of the gap asked for
 LEAST_GAP = 1e-3  # that windows are measured by
 MOST_BINARIES = 4000  # of a program over sets
 SET_NODES = 1000
+SET_WORK = 300_000  # nodes times binaries; numbers and not seconds, for equal answers
 
 
 def solve_many_budgets(problem: Many, gap: float) -> Found:
     """A plan with a bound; see `solve_one_budget`. `price` holds one number per budget."""
+    if problem.groups is not None and np.bincount(problem.groups).max() <= problem.most:
+        problem = replace(problem, groups=None)  # nothing is limited
     problem = problem.lean()
     generation = Generation(problem)
     generation.run(gap / 20)
@@ -94,7 +97,7 @@ def _in_windows(
         if program.size > MOST_BINARIES:
             break
         whole = program.whole
-        found, proved = program.solve(0.99 * gap, SET_NODES)
+        found, proved = program.solve(0.99 * gap, min(SET_NODES, SET_WORK // max(program.size, 1)))
         bound = max(bound, proved)
         if found is not None and problem.loss(found) < value:
             best, value = found, problem.loss(found)

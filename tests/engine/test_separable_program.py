@@ -203,9 +203,9 @@ def test_what_cannot_be_solved_is_named(make: Any, message: str) -> None:
 
 
 def test_too_many_sets_of_labels_are_refused() -> None:
-    losses = np.tile(np.arange(60.0), (4, 1))
+    losses = np.tile(np.arange(60.0), (12, 1))
     with pytest.raises(ConfigError, match="allowed: 20000"):
-        SeparableProgram(losses, [Limit(-losses, -90.0)], None, (), 5, [0, 0, 1, 1]).solve()
+        SeparableProgram(losses, [Limit(-losses, -90.0)], None, (), 5, [0, 1] * 6).solve()
 
 
 def test_many_budgets_and_two_labels_per_layer_are_solved_with_a_proof() -> None:
