@@ -103,8 +103,8 @@ def _in_windows(
             best, value = found, problem.loss(found)
         if _within(value, bound, gap):
             return best, bound, True
-        if np.isinf(proved):
-            return None, bound, True
+        if np.isinf(proved):  # no plan exists, or none better than the best one
+            return best, bound, True
         if proved < start + room or room >= value - start:  # stopped early, or in rounding errors
             break
         room *= 2

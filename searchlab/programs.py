@@ -252,8 +252,9 @@ class SeparableProgram:
         """The best plan within the budgets, with a proof of how good it is.
 
         One budget is solved exactly, in well under a second for a thousand elements. Several
-        budgets, or a limit on distinct labels, are solved by column generation to about the gap;
-        what was proved is in the solution.
+        budgets, or a limit on distinct labels, are solved by column generation and integer
+        programs of limited size, usually to the gap; what was proved is in the solution. Equal
+        programs have equal answers, no clock decides.
 
         Args:
             upper: replaces the budget's upper bound, or several by name.
