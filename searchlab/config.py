@@ -116,11 +116,16 @@ class AlgorithmSpec:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def kind(self) -> Callable[..., Algorithm] | None:
+        """The class that the name stands for; None where that is not settled yet."""
+        if self.name == AUTO:
+            return None
+        factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
+        return factory
+
     def notes(self, result: Result) -> list[str]:
         """What the algorithm has to say of a finished search."""
-        if self.name not in known_names(ALGORITHMS, "algorithm"):
-            return []  # to be settled, or an algorithm by class
-        says = getattr(resolve(ALGORITHMS, self.name, "algorithm"), "notes", None)
+        says = getattr(self.kind(), "notes", None)
         return [] if says is None else list(says(result))
 
     def build(
