@@ -328,6 +328,11 @@ class Stage:
 
     def check_objectives(self, algorithm: Algorithm) -> None:
         """Raises ConfigError where the algorithm does not serve this stage's objectives."""
+        if self.main and getattr(algorithm, "race", False):
+            raise ConfigError(
+                f"race with {self.steer!r} steering; allowed: the first objective, which bounds "
+                "are held against"
+            )
         objectives = self.evaluator.objectives
         algorithm.check_objectives(len(objectives) if self.trades else 1)
         if self.trades and self.budget.target is not None:
