@@ -111,7 +111,7 @@ def chosen_for(stage: Stage) -> Chosen:
         evaluations=stage.budget.evaluations,
         objectives=len(evaluator.objectives) if stage.trades else 1,
         fidelities=costs if ranks else costs[stage.fidelity_index :][:1],
-        prunes=bool(getattr(evaluator, "prunes", False)),
+        prunes=bool(getattr(evaluator, "prunes", False)) and not stage.main,
     )
 
 

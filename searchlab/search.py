@@ -29,13 +29,11 @@ from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.auto import AUTO, reasons, settled
 from searchlab.config import (
-    ALGORITHMS,
     AlgorithmSpec,
     Budget,
     Final,
     SearchConfig,
     Stage,
-    resolve,
     stage_digest,
 )
 from searchlab.errors import ConfigError, StudyError
@@ -486,10 +484,7 @@ def search(
         warm = best_of_run(warm_start, space, of, database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
-    if spec.name == AUTO:
-        stages: tuple[Stage, ...] = (stage,)
-    else:
-        stages = getattr(resolve(ALGORITHMS, spec.name, "algorithm"), "expand", as_it_is)(stage)
+    stages: tuple[Stage, ...] = getattr(spec.kind(), "expand", as_it_is)(stage)
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
