@@ -64,7 +64,7 @@ def sleeper(kind: list[int], x: float, n: int) -> float:
     fraction = _fraction(kind, x, n)
     if LOG in os.environ:
         with open(os.environ[LOG], "a", encoding="utf-8") as file:
-            file.write(f"{fraction!r}\n")
+            file.write(f"{'-'.join(map(str, kind))}/{x!r}/{n}\n")
     time.sleep(0.005 + 0.045 * fraction)
     if fraction * 7919 % 1 < 0.02:
         raise ValueError("one of fifty")
