@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALGORITHMS",
     "EXECUTORS",
+    "PREDICTORS",
     "AdoptBest",
     "AlgorithmSpec",
     "Answers",
@@ -62,6 +63,7 @@ EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
     "processes": "searchlab.executors.processes:ProcessExecutor",
 }
+PREDICTORS: dict[str, str] = {}
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
 
@@ -75,7 +77,7 @@ def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
     Args:
         registry: names that come with searchlab.
         name: what is wanted.
-        kind: "algorithm", "executor", "evaluator" or "recipe".
+        kind: "algorithm", "executor", "evaluator", "predictor" or "recipe".
 
     Raises:
         ConfigError: the name is not registered (lists the known ones), or its plugin cannot be
