@@ -122,19 +122,22 @@ class Predictor(Protocol):
     def name(self) -> str:
         """The name in the registry."""
 
-    def fit(self, table: Table, losses: Floats, *, seed: int) -> None:
+    def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """Learns from scratch.
 
         Args:
             table: n candidates, 1 or more.
             losses: float64 (n,); +inf = failed, which counts as no better than the worst.
             seed: of everything random in the fit.
+            pool: further candidates without labels, whose signals show how these are spread.
 
         Raises:
             ConfigError: no candidates, or losses of another length or with NaN.
         """
 
-    def update(self, table: Table, losses: Floats, *, seed: int) -> None:
+    def update(
+        self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None
+    ) -> None:
         """Learns from all candidates again, perhaps starting at what is known; see `fit`."""
 
     def predict(self, table: Table) -> tuple[Floats, Floats]:
