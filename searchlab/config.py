@@ -46,6 +46,7 @@ ALGORITHMS: dict[str, str] = {
     "es11": "searchlab.algorithms.es11:OnePlusOne",
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "gp": "searchlab.algorithms.optuna:GP",
+    "guided": "searchlab.algorithms.guided:Guided",
     "listed": "searchlab.algorithms.simple:Listed",
     "local_search": "searchlab.algorithms.local_search:LocalSearch",
     "nsga2": "searchlab.algorithms.front:NSGA2",
@@ -125,6 +126,7 @@ class AlgorithmSpec:
         first_id: int,
         seeds: Seeds | None,
         fidelities: Sequence[Fidelity] = (),
+        signals: object = None,
     ) -> Algorithm:
         """The algorithm at the beginning of a stage.
 
@@ -132,6 +134,8 @@ class AlgorithmSpec:
             space, seed, first_id, seeds: see `Algorithm`.
             fidelities: those it may choose among; an algorithm that has an option `fidelities`
                 gets their costs.
+            signals: an evaluator with `static_signals`; an algorithm that has an option `signals`
+                gets it.
         """
         if self.name == AUTO:
             raise ConfigError("auto is settled when a run is opened; see searchlab.auto.settled")
@@ -139,6 +143,8 @@ class AlgorithmSpec:
         options = dict(self.options)
         if fidelities and "fidelities" in inspect.signature(factory).parameters:
             options.setdefault("fidelities", tuple(fidelity.cost for fidelity in fidelities))
+        if signals is not None and "signals" in inspect.signature(factory).parameters:
+            options.setdefault("signals", signals)
         try:
             return factory(space, seed=seed, first_id=first_id, seeds=seeds, **options)
         except TypeError as error:
@@ -343,6 +349,7 @@ class Stage:
             first_id=first_id,
             seeds=seeds,
             fidelities=self.evaluator.fidelities[: self.fidelity_index + 1],
+            signals=self.evaluator if hasattr(self.evaluator, "static_signals") else None,
         )
 
 

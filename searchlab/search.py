@@ -230,6 +230,7 @@ def run(
                 algorithm = leg.algorithm = build_algorithm(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
+            _note_proposals(leg, store)
             if leg.interrupted:
                 status = "interrupted"
                 break
@@ -252,6 +253,7 @@ def run(
             stop_reason=stop_reason,
             seconds=seconds,
             usage=store.get_meta("usage"),
+            proposals=store.get_meta("proposals"),
         )
         store.set_meta("result", result.to_json())
         store.commit()
@@ -262,6 +264,18 @@ def run(
     finally:
         executor.close()
         store.close(status)
+
+
+def _note_proposals(leg: StageRun, store: Store) -> None:
+    """Keeps what proposing took, over all processes of the run, and what the algorithm says."""
+    notes: dict[str, Any] = store.get_meta("proposals") or {}
+    before = notes.get(leg.stage.name, {})
+    seconds = before.get("seconds", 0.0) + leg.proposing_s
+    note = {"seconds": seconds, "seconds_per_evaluation": seconds / max(leg.paid, 1.0)}
+    state = leg.algorithm.report() or before.get("state", {})
+    store.set_meta(
+        "proposals", {**notes, leg.stage.name: {**note, **({"state": state} if state else {})}}
+    )
 
 
 def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
@@ -378,6 +392,7 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
         usage=store.get_meta("usage"),
+        proposals=store.get_meta("proposals"),
     )
     return result
 

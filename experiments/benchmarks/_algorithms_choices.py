@@ -66,7 +66,8 @@ def evaluations(algorithm: Algorithm, losses: Losses, *, lag: int, most: int = M
             told += 1
         jobs = algorithm.ask(i, 1)
         values = losses(jobs.population["x"]) if len(jobs) else np.empty(0)
-        asked.append(Told(jobs.ids, jobs.population, values[:, None], np.zeros(len(jobs))))
+        none = np.zeros(len(jobs))
+        asked.append(Told(jobs.ids, jobs.population, values[:, None], none, jobs.predicted))
         paid += len(jobs)
         if (values == 0).any() or paid == most:
             return paid
