@@ -64,7 +64,9 @@ EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
     "processes": "searchlab.executors.processes:ProcessExecutor",
 }
-PREDICTORS: dict[str, str] = {}
+PREDICTORS: dict[str, str] = {
+    "ridge": "searchlab.predictors.ridge:Ridge",
+}
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
 

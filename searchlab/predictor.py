@@ -135,9 +135,7 @@ class Predictor(Protocol):
             ConfigError: no candidates, or losses of another length or with NaN.
         """
 
-    def update(
-        self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None
-    ) -> None:
+    def update(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """Learns from all candidates again, perhaps starting at what is known; see `fit`."""
 
     def predict(self, table: Table) -> tuple[Floats, Floats]:
