@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -45,8 +45,8 @@ class _State:
 
     predictor: Predictor | None
     trusted: bool = False
-    held_out: Evidence = Evidence()
-    online: Evidence = Evidence()
+    held_out: Evidence = field(default_factory=Evidence)
+    online: Evidence = field(default_factory=Evidence)
 
 
 class Guided(Algorithm):
@@ -78,6 +78,7 @@ class Guided(Algorithm):
     """
 
     name: ClassVar[str] = "guided"
+    pools = False
 
     def __init__(
         self,
@@ -97,9 +98,7 @@ class Guided(Algorithm):
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds)
         if first_fit < 4 or not 4 <= pool <= 10_000:
-            raise ConfigError(
-                f"first_fit {first_fit}, pool {pool}; allowed: 4 or more, 4 to 10000"
-            )
+            raise ConfigError(f"first_fit {first_fit}, pool {pool}; allowed: 4 or more, 4 to 10000")
         if guard not in ("measured", "always", "never"):
             raise ConfigError(f"guard {guard!r}; allowed: measured, always, never")
         self.guard = guard
@@ -198,16 +197,16 @@ class Guided(Algorithm):
         population = told.population.take(np.arange(end))
         losses = _labels(told.losses[:end, 0], told.violation[:end])
         table = self._table(population)
-        held_out = correlation([(self._held_out(table, losses, told.ids[:end]), losses)])
+        held_out = Evidence()
+        if self.guard == "measured":
+            held_out = correlation([(self._held_out(table, losses, told.ids[:end]), losses)])
         batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
         online = Evidence()
         if told.predicted is not None:
             mean = told.predicted[:end, 0]
             last = range(max(0, len(counts) - BATCHES), len(counts))
             online = correlation((mean[batch == b], losses[batch == b]) for b in last)
-        trusted = self.guard == "always" or (
-            self.guard == "measured" and trusts(held_out, online)
-        )
+        trusted = self.guard == "always" or (self.guard == "measured" and trusts(held_out, online))
         self._state = _State(self._fit(table, losses), trusted, held_out, online)
         self._fitted = counts[-1]
 
