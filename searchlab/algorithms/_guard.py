@@ -13,7 +13,7 @@ __all__ = ["Evidence", "correlation", "ranks", "trusts"]
 
 Floats = NDArray[np.float64]
 
-LEAST = 0.2  # correlation that the lower end of the held-out interval has to exceed
+LEAST = 0.1  # correlation that the lower end of the held-out interval has to exceed
 _SIDE = 1.645  # 90 % intervals
 _SPREAD = 1.06  # variance of Fisher's z of a rank correlation, times n - 3
 _MOST = 0.999  # correlations beyond have no finite z

@@ -22,7 +22,7 @@ from searchlab.uniforms import BOOTSTRAP, FITS, POOL, uniforms, uniforms_of
 __all__ = ["Guided", "StaticSignals"]
 
 GROWTH, STEP = 1.15, 4  # refits: so much more, at least so many labels more
-FOLDS = 5
+FOLDS, FEW_FOLDS, FEW = 5, 10, 40  # where labels are few, a fit to fewer says too little
 BATCHES = 3  # so many of the latest batches are what the guard looks at
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
 BACKGROUND = 256  # candidates without labels that show how signals are spread
@@ -114,6 +114,7 @@ class Guided(Algorithm):
         self._new_predictor()  # wrong options are found before anything is paid
         self._told: list[Told] = []
         self._labels = 0
+        self._chosen_ids: set[int] = set()
         self._fitted = 0
         self._state = _State(None)
         self._background: Table | None = None
@@ -162,6 +163,7 @@ class Guided(Algorithm):
             "labels": self._labels,
             "fitted_on": self._fitted,
             "guard": "trusted" if state.trusted else "not trusted",
+            "chosen": self.chosen,
             "held_out": state.held_out.to_json(),
             "online": state.online.to_json(),
         }
@@ -176,6 +178,11 @@ class Guided(Algorithm):
     def _learn(self, told: Told) -> None:
         self._told.append(told)
         self._labels += int(np.isfinite(told.losses[:, 0]).sum())
+
+    @property
+    def chosen(self) -> int:
+        """How many candidates the predictor has chosen in this process."""
+        return len(self._chosen_ids)
 
     def _counts(self) -> list[int]:
         """The numbers of labels at which a fit was due, so far."""
@@ -223,13 +230,19 @@ class Guided(Algorithm):
         self, table: Table, losses: NDArray[np.float64], ids: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Every label as predicted by a fit to the other folds, float64 (n,)."""
+        folds = FEW_FOLDS if len(losses) < FEW else FOLDS
         chance = uniforms_of(self.seed, BOOTSTRAP, ids, 1)[:, 0]
-        fold = np.argsort(np.argsort(chance, kind="stable"), kind="stable") % FOLDS
+        fold = np.argsort(np.argsort(chance, kind="stable"), kind="stable") % folds
         out = np.full(len(losses), np.nan)
-        for number in range(FOLDS):
+        for number in range(folds):
             test = np.flatnonzero(fold == number)
             rest = np.flatnonzero(fold != number)
-            out[test] = self._fit(table.take(rest), losses[rest]).predict(table.take(test))[0]
+            if not len(test):
+                continue
+            predictor = self._fit(table.take(rest), losses[rest])
+            # The mean of the others is the higher the lower the fold's: it has to be taken off.
+            centre = float(predictor.predict(table.take(rest))[0].mean())
+            out[test] = predictor.predict(table.take(test))[0] - centre
         return out
 
     def _table(self, population: Population) -> Table:
@@ -268,6 +281,7 @@ class Guided(Algorithm):
 
     def _job(self, i: int, draw: Draw, row: int, key: bytes) -> Jobs:
         self.issue(np.array([i]), [key])
+        self._chosen_ids.add(i)
         return Jobs(
             ids=np.array([i], dtype=np.int64),
             population=draw.population.take([row]),
