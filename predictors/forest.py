@@ -72,7 +72,8 @@ class Forest(BasePredictor):
         which = (np.asarray(u)[:, 0] * said.shape[1]).astype(np.int64)
         normals = normals_of(u, len(features))
         middle = said.mean(axis=1)
-        return middle + (said[:, which].T - middle) / 2 + self._error * normals
+        out: Floats = middle + (said[:, which].T - middle) / 2 + self._error * normals
+        return out
 
     def _state(self) -> State:
         assert self._trees is not None

@@ -70,7 +70,8 @@ class _Distances:
 
 def _squared(one: Floats, other: Floats) -> Floats:
     lengths = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)
-    return np.maximum(lengths - 2 * one @ other.T, 0.0)
+    out: Floats = np.maximum(lengths - 2 * one @ other.T, 0.0)
+    return out
 
 
 def _kernel(
@@ -159,8 +160,8 @@ class GaussianProcess(BasePredictor):
         self._log: Floats = _MEDIAN.copy()
         self._seen: Features | None = None
         self._weights: Floats = np.empty(0)
-        self._root: Floats = np.empty((0, 0))
-        self._function: tuple[Floats, Floats] | None = None
+        self._root: NDArray[Any] = np.empty((0, 0))
+        self._function: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         generator = np.random.default_rng(seed)
@@ -217,7 +218,8 @@ class GaussianProcess(BasePredictor):
 
     def _draw(self, features: Features, u: Floats) -> Floats:
         assert self._seen is not None
-        if self._function is None:
+        function = self._function
+        if function is None:
             covariance = self._cross(self._seen)
             solved = solve_triangular(self._root, covariance, lower=True)
             posterior = covariance - solved.T @ solved
@@ -225,8 +227,11 @@ class GaussianProcess(BasePredictor):
             at = np.diag_indices_from(covariance)
             posterior[at] += jitter
             covariance[at] += jitter
-            self._function = (np.linalg.cholesky(posterior), np.linalg.cholesky(covariance))
-        spread, prior = self._function
+            function = self._function = (
+                np.linalg.cholesky(posterior),
+                np.linalg.cholesky(covariance),
+            )
+        spread, prior = function
         cross = self._cross(features)
         solved = solve_triangular(prior, cross.T, lower=True, check_finite=False)
         open_ = np.maximum(_variance(self._log, features) - (solved**2).sum(axis=0), 0.0)

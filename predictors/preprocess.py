@@ -103,7 +103,8 @@ class Features:
     def take(self, rows: Any) -> Features:
         """The rows that an index array, a boolean mask or a slice selects."""
         parts = (self.x, self.scores, self.missing, self.means)
-        return Features(*(part[rows] for part in parts), self.elements)
+        x, scores, missing, means = (part[rows] for part in parts)
+        return Features(x, scores, missing, means, self.elements)
 
 
 class Inputs:

@@ -66,7 +66,8 @@ class Stack(BasePredictor):
 
     def _belief(self) -> Floats:
         belief = np.array([_BELIEF[name] for name in self.members])
-        return belief / belief.sum()
+        out: Floats = belief / belief.sum()
+        return out
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         n, members = len(targets), self.members.values()
