@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,6 +21,7 @@ from searchlab.uniforms import derived
 __all__ = ["BasePredictor", "normals_of"]
 
 Floats = NDArray[np.float64]
+Folds = Sequence[NDArray[np.int64]]
 State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
@@ -100,6 +102,16 @@ class BasePredictor:
     def _scores(self, features: Features) -> tuple[Floats, Floats]:
         """Means and standard deviations of the targets, (n,) each; sd > 0."""
         raise NotImplementedError
+
+    def left_out(self, features: Features, targets: Floats, folds: Folds, seed: int) -> Floats:
+        """Scores of each label by a fit that did not see it, (n,); `folds` are its groups."""
+        out = np.empty(len(targets))
+        for rows in folds:
+            rest = np.setdiff1d(np.arange(len(targets)), rows)
+            other = copy.copy(self)
+            other._learn(features.take(rest), targets[rest], seed)
+            out[rows] = other._scores(features.take(rows))[0]
+        return out
 
     def _state(self) -> State:
         """What `_learn` found, as JSON and arrays."""

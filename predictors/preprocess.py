@@ -71,11 +71,16 @@ class Features:
         x: (n, code_width), the codes of the space.
         scores: (n, k), normal scores of the signals that say something; 0 where missing.
         missing: (n, f), 1 where a signal is missing that is there for others.
+        means: (n, k), means of the codes over the elements of each variable: of choices the share
+            of every label.
+        elements: of a candidate.
     """
 
     x: Floats
     scores: Floats
     missing: Floats
+    means: Floats
+    elements: float
 
     def __len__(self) -> int:
         return len(self.x)
@@ -88,10 +93,18 @@ class Features:
     @property
     def all(self) -> Floats:
         """Everything in one matrix, (n, p)."""
+        return np.concatenate([self.x, self.scores, self.missing, self.means], axis=1)
+
+    @property
+    def linear(self) -> Floats:
+        """Everything but the means, which are sums of other columns."""
         return np.concatenate([self.x, self.scores, self.missing], axis=1)
 
     def take(self, rows: Any) -> Features:
-        return Features(self.x[rows], self.scores[rows], self.missing[rows])
+        """The rows that an index array, a boolean mask or a slice selects."""
+        parts = (self.x, self.scores, self.missing, self.means)
+        x, scores, missing, means = (part[rows] for part in parts)
+        return Features(x, scores, missing, means, self.elements)
 
 
 class Inputs:
@@ -158,6 +171,8 @@ class Inputs:
             table.x.astype(np.float64),
             np.stack(scores, axis=1) if scores else np.empty((n, 0)),
             np.isnan(table.signals[:, self.flags]).astype(np.float64),
+            _means(self.space, table.x),
+            float(self.space.size),
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -201,6 +216,17 @@ class Inputs:
             for at, values, scores, ends in parts
         }
         return self
+
+
+def _means(space: Space, x: NDArray[np.float32]) -> Floats:
+    """Means of the codes over the elements of each variable that has several, (n, k)."""
+    parts, start = [np.empty((len(x), 0))], 0
+    for variable in space.variables.values():
+        block = x[:, start : start + variable.code_width]
+        if variable.size > 1:
+            parts.append(block.reshape(len(x), variable.size, -1).mean(axis=1, dtype=np.float64))
+        start += variable.code_width
+    return np.concatenate(parts, axis=1)
 
 
 def _same(one: Floats, other: Floats) -> bool:

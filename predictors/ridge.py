@@ -44,7 +44,7 @@ class Ridge(BasePredictor):
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         """Grid of evidence, then the posterior of the weights; nothing random in it."""
-        raw = features.all
+        raw = features.linear
         self._centre = raw.mean(axis=0)
         widths = (features.x.shape[1], raw.shape[1] - features.x.shape[1])
         spread = raw - self._centre
@@ -89,7 +89,7 @@ class Ridge(BasePredictor):
         return np.concatenate([spread * scale, bias], axis=1)
 
     def _features(self, features: Features) -> Floats:
-        return self._phi(features.all - self._centre, self._scale)
+        return self._phi(features.linear - self._centre, self._scale)
 
     def _scores(self, features: Features) -> tuple[Floats, Floats]:
         phi = self._features(features)

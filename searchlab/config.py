@@ -65,7 +65,11 @@ EXECUTORS: dict[str, str] = {
     "processes": "searchlab.executors.processes:ProcessExecutor",
 }
 PREDICTORS: dict[str, str] = {
+    "gbdt": "searchlab.predictors.boosted:Boosted",
+    "gp": "searchlab.predictors.gp:GaussianProcess",
+    "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
+    "stack": "searchlab.predictors.stack:Stack",
 }
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many

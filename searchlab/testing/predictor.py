@@ -55,7 +55,7 @@ def labelled(
     """
     population = space.sample(uniforms(11, 0, first, n, space.sample_width))
     codes = space.encode(population).astype(np.float64)
-    weights = np.random.default_rng(5).normal(size=codes.shape[1])
+    weights = np.random.default_rng(5).normal(size=(codes.shape[1],))
     losses = codes @ weights + 0.5 * (codes @ weights[::-1]) ** 2 / np.sqrt(len(weights))
     generator = np.random.default_rng([7, first, n])
     blur = 0.5 + np.arange(signals)
