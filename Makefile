@@ -1,6 +1,7 @@
 # Everything a contributor types. On a machine with its own torch build: make setup CONSTRAINTS=
 PYTHON ?= python3
 VENV ?= .venv
+TEST_WORKERS ?= 2
 CONSTRAINTS ?= -c constraints-cpu.txt
 
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ types: setup
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 bench-quick: setup
 	@for file in experiments/benchmarks/[a-z]*.py; do \

@@ -242,7 +242,13 @@ def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> Algor
             },
         )
     return AlgorithmSpec(
-        "evolution", {**common, "variation": ScheduleVariation(), "neighbour": 0.15}
+        "evolution",
+        {
+            **common,
+            "parents": ParentRule(start=8),
+            "variation": ScheduleVariation(),
+            "neighbour": 0.15,
+        },
     )
 
 

@@ -71,6 +71,11 @@ class Group:
             return self.known_fidelity
         return np.full(len(self.jobs), self.jobs.fidelity, dtype=np.int64)
 
+    def take_predictions(self, row: int, known: Jobs, at: int) -> None:
+        """What the record of a row says was predicted stands, whatever would be now."""
+        if self.jobs.predicted is not None and known.predicted is not None:
+            self.jobs.predicted[row] = known.predicted[at]
+
     def worth(self, rows: Sequence[int], flags: NDArray[np.bool_]) -> float:
         """What the flagged ones of some rows cost together."""
         if self.levels is None:

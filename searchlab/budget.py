@@ -168,4 +168,4 @@ class LinearBudget:
     def slip(self) -> float:
         """What rounding of a sum may cost."""
         ends = [abs(end) for end in (self.lower, self.upper) if np.isfinite(end)]
-        return 1e-9 * max(1.0, *ends)
+        return 1e-9 * max([1.0, *ends])

@@ -274,7 +274,8 @@ def _counts_line(result: Result) -> str:
         tail += f", {lost} lost" if lost else ""
     tail += f"; stopped by {stop}" if stop else ""
     proposed = "".join(f"\n{stage}: {text}" for stage, text in result.meta["algorithm"].items())
-    return f"\n{counts}; seed {result.meta['seed']}{tail}{proposed}"
+    notes = "".join(f"\n{text}" for text in result.meta["notes"])
+    return f"\n{counts}; seed {result.meta['seed']}{tail}{proposed}{notes}"
 
 
 def _dry_run(recipe: Recipe, chosen: Any, name: str, out: Path, database: str) -> int:

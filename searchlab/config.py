@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from searchlab.algorithms.base import Algorithm, Seeds
+    from searchlab.result import Result
 
 __all__ = [
     "ALGORITHMS",
@@ -123,6 +124,18 @@ class AlgorithmSpec:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def kind(self) -> Callable[..., Algorithm] | None:
+        """The class that the name stands for; None where that is not settled yet."""
+        if self.name == AUTO:
+            return None
+        factory: Callable[..., Algorithm] = resolve(ALGORITHMS, self.name, "algorithm")
+        return factory
+
+    def notes(self, result: Result) -> list[str]:
+        """What the algorithm has to say of a finished search."""
+        says = getattr(self.kind(), "notes", None)
+        return [] if says is None else list(says(result))
 
     def build(
         self,
@@ -329,6 +342,11 @@ class Stage:
 
     def check_objectives(self, algorithm: Algorithm) -> None:
         """Raises ConfigError where the algorithm does not serve this stage's objectives."""
+        if self.main and getattr(algorithm, "race", False):
+            raise ConfigError(
+                f"race with {self.steer!r} steering; allowed: the first objective, which bounds "
+                "are held against"
+            )
         objectives = self.evaluator.objectives
         algorithm.check_objectives(len(objectives) if self.trades else 1)
         if self.trades and self.budget.target is not None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "EARLY",
+    "dominating",
     "front_order",
     "hypervolume",
     "knee",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 EARLY = 16  # candidates, in id order, that fix the reference point of a run
+_CANDIDATES = 200  # that a choice by hypervolume looks at
 MARGIN = 0.1  # how far beyond the worst of them it lies, as a share of their range
 
 Losses = NDArray[np.float64]
@@ -119,6 +121,36 @@ def spread(losses: Losses, k: int) -> Rows:
         apart = np.square(scaled[:, None] - scaled[None, taken]).sum(axis=2).min(axis=1)
         apart[taken] = -1.0
         taken.append(int(apart.argmax()))
+    return np.array(sorted(taken), dtype=np.int64)
+
+
+def dominating(losses: Losses, k: int, reference: Losses) -> Rows:
+    """At most k rows that together dominate most, in the order of the rows.
+
+    Each next row adds the most hypervolume to those that were taken (within 1 - 1/e of the best
+    choice of k, as for all such sums); rows that add nothing are taken as `spread` would.
+
+    Args:
+        losses: float64 (n, m), finite, m <= 4 for the sake of time.
+        k: how many, 1 or more.
+        reference: where the hypervolume is measured from.
+    """
+    if len(losses) <= k:
+        return np.arange(len(losses))
+    candidates = spread(losses, max(k, _CANDIDATES))
+    taken: list[int] = []
+    covered = 0.0
+    while len(taken) < k:
+        rest = [row for row in candidates.tolist() if row not in taken]
+        gains = [hypervolume(losses[[*taken, row]], reference) for row in rest]
+        best = int(np.argmax(gains))
+        if gains[best] <= covered:
+            break
+        covered = gains[best]
+        taken.append(rest[best])
+    for row in spread(losses, k).tolist():
+        if len(taken) < k and row not in taken:
+            taken.append(row)
     return np.array(sorted(taken), dtype=np.int64)
 
 

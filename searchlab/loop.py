@@ -102,8 +102,7 @@ class StageRun:
         self._broken: dict[bytes, tuple[int, str]] = {}
         self._own_jobs: set[tuple[bytes | None, int, int]] = set()
         self.next_id = self.first_id
-        self._open = 0
-        self._empty_ids = 0
+        self._open = self._empty_ids = 0
         self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
@@ -377,8 +376,7 @@ class StageRun:
             )
         group.losses[row] = known.losses[at]
         group.violation[row] = known.violation[at]
-        if group.jobs.predicted is not None and known.jobs.predicted is not None:
-            group.jobs.predicted[row] = known.jobs.predicted[at]  # what was said before it ran
+        group.take_predictions(row, known.jobs, at)
         group.done[row] = True
         one = [at]
         self._count(group, [row], known.cached[one], known.state[one], known.cost_s[one])

@@ -243,7 +243,7 @@ class Result:
         )
 
     def __str__(self) -> str:
-        return f"{self.table()}\n\n{self.verdict()}"
+        return "\n".join([self.table(), "", *self.meta.get("notes", ()), self.verdict()])
 
     def table(self) -> str:
         """The table of winners and baselines as text."""

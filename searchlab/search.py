@@ -29,13 +29,11 @@ from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.auto import AUTO, reasons, settled
 from searchlab.config import (
-    ALGORITHMS,
     AlgorithmSpec,
     Budget,
     Final,
     SearchConfig,
     Stage,
-    resolve,
     stage_digest,
 )
 from searchlab.errors import ConfigError, StudyError
@@ -360,7 +358,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "pace": store.get_meta("pace") or {},
         "algorithm": reasons(config, store),
     }
-    return Result(
+    result = Result(
         store.name,
         last.space,
         objective,
@@ -375,6 +373,8 @@ def collect(config: SearchConfig, store: Store) -> Result:
         trade_offs=trades,
         main=last.main,
     )
+    meta["notes"] = last.algorithm.notes(result)
+    return result
 
 
 def _groups_of(space: Space, population: Population, group_by: str | None) -> NDArray[np.int64]:
@@ -499,10 +499,7 @@ def search(
         warm = best_of_run(warm_start, space, of, database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
-    if spec.name == AUTO:
-        stages: tuple[Stage, ...] = (stage,)
-    else:
-        stages = getattr(resolve(ALGORITHMS, spec.name, "algorithm"), "expand", as_it_is)(stage)
+    stages: tuple[Stage, ...] = getattr(spec.kind(), "expand", as_it_is)(stage)
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )

@@ -13,6 +13,7 @@ from searchlab.config import Final
 from searchlab.evaluator import Objective
 from searchlab.final import Contender, FinalPlan, Interval, distinct
 from searchlab.fronts import (
+    dominating,
     front_order,
     hypervolume,
     knee,
@@ -25,6 +26,7 @@ from searchlab.space import Space
 __all__ = ["TradeOffs", "plan_front_final", "score_front", "trade_offs_of"]
 
 CHECKPOINTS = 40  # of the curve of a hypervolume
+MOST_MEASURED = 4  # objectives; beyond that a choice by hypervolume takes too long
 MOST_MEMBERS = 200  # that are written down with their plans
 
 
@@ -317,13 +319,19 @@ def trade_offs_of(
 def plan_front_final(
     trades: TradeOffs, everyone: Sequence[Contender], final: Final, group: int
 ) -> FinalPlan:
-    """Finalists: at most k members of the front that stand for it, and baselines by kind."""
+    """Finalists: the k members of the front that dominate most, and baselines by kind."""
     found = [c for c in trades.members if c.kind == "searched"]
     if not found:  # nothing meets the constraints, or only baselines are on the front
         rest = [c for c in everyone if c.kind == "searched"]
         ranked = _ranked(trades, rest)
         found = ranked[:1]
-    finalists = [found[row] for row in spread(trades.losses(found), final.k)] if found else []
+    losses = trades.losses(found) if found else np.empty((0, len(trades.names)))
+    if len(trades.names) <= MOST_MEASURED:
+        point = np.array(trades.reference) * trades._signs
+        rows = dominating(losses, final.k, point)
+    else:
+        rows = spread(losses, final.k)
+    finalists = [found[row] for row in rows]
     chosen: list[Contender] = []
     for kind in sorted({c.kind for c in trades.baselines}):
         of_kind = _ranked(trades, [c for c in trades.baselines if c.kind == kind])

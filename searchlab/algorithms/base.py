@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from searchlab.errors import ConfigError
 from searchlab.population import Jobs, Population
 from searchlab.space import Space
 from searchlab.uniforms import uniforms_of
+
+if TYPE_CHECKING:
+    from searchlab.result import Result
 
 __all__ = ["Algorithm", "Draw", "Seeds", "Told"]
 
@@ -304,6 +307,11 @@ class Algorithm:
     def report(self) -> dict[str, Any]:
         """JSON that a run's result states about the state after the last proposal."""
         return {}
+
+    @staticmethod
+    def notes(result: Result) -> list[str]:
+        """Sentences on a finished search that belong under its table."""
+        return []
 
     def settings(self) -> dict[str, Any]:
         """JSON of what shapes the proposals; part of the run's configuration."""

@@ -28,8 +28,9 @@ class ParentRule:
         kind: "power" draws rank floor(mu * u**2) of the best mu; "rank" draws uniformly among the
             best mu; "threshold" draws uniformly among those (at most `limit`) whose loss is within
             `margin` of the best.
-        mu: how many; None = 6 + floor(told / 250), at most 40. It depends on what was told, never
-            on the budget, so that a longer run continues a shorter one.
+        mu: how many; None = start + floor(told / 250), at most 40. It depends on what was told,
+            never on the budget, so that a longer run continues a shorter one.
+        start: mu at the beginning, where mu is None.
         margin: for "threshold", in the objective's unit.
         limit: the largest pool that is kept.
     """
@@ -38,15 +39,18 @@ class ParentRule:
     mu: int | None = None
     margin: float = 0.0
     limit: int = 40
+    start: int = 6
 
     def __post_init__(self) -> None:
         if self.kind not in ("power", "rank", "threshold"):
             raise ConfigError(f"parents {self.kind!r}; allowed: power, rank, threshold")
         if self.mu is not None and not 1 <= self.mu <= self.limit:
             raise ConfigError(f"mu {self.mu}; allowed: 1 to {self.limit}")
+        if not 1 <= self.start <= self.limit:
+            raise ConfigError(f"start {self.start}; allowed: 1 to {self.limit}")
 
     def count(self, told: int) -> int:
-        return self.mu if self.mu is not None else min(self.limit, 6 + told // 250)
+        return self.mu if self.mu is not None else min(self.limit, self.start + told // 250)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
 from searchlab.space import Space
 from searchlab.uniforms import BOOTSTRAP, FITS, POOL, uniforms, uniforms_of
+
+if TYPE_CHECKING:
+    from searchlab.result import Result
 
 __all__ = ["Guided", "StaticSignals"]
 
@@ -167,6 +170,17 @@ class Guided(Algorithm):
             "held_out": state.held_out.to_json(),
             "online": state.online.to_json(),
         }
+
+    @staticmethod
+    def notes(result: Result) -> list[str]:
+        """See `Algorithm.notes`: whether the predictor was trusted in the end."""
+        states = [note.get("state") or {} for note in (result.meta.get("proposals") or {}).values()]
+        return [
+            f"predictor {state['predictor']}: {state['guard']} after {state['labels']} labels "
+            f"(rank correlation {state['held_out']['rho']:.2f} on {state['held_out']['n']} held out)"
+            for state in states
+            if "guard" in state
+        ]
 
     # -- learning ---------------------------------------------------------------------------
 

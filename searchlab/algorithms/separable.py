@@ -279,6 +279,14 @@ class Separable(Evolution):
         )
 
     @staticmethod
+    def notes(result: Result) -> list[str]:
+        """How additive the space turned out to be, where there was a profile."""
+        try:
+            return [f"{additivity(result)}."]
+        except ConfigError:
+            return []
+
+    @staticmethod
     def expand(stage: Stage) -> tuple[Stage, ...]:
         """The profile and the search of a stage whose budget covers both."""
         first, second = stages(

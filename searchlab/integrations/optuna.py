@@ -56,6 +56,10 @@ class SamplerAlgorithm(AlgorithmSpec):
         super().__init__("optuna")
         object.__setattr__(self, "sampler_factory", sampler_factory)
 
+    def kind(self) -> None:
+        """No registered class."""
+        return None
+
     def build(
         self,
         space: Space,

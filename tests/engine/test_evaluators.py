@@ -134,6 +134,7 @@ def test_every_evaluator_has_a_suite() -> None:
     elsewhere = {
         "CommandEvaluator": "evaluators/test_command.py",
         "PipelineEvaluator": "evaluators/test_pipeline_suite.py",
+        "TableEvaluator": "evaluators/test_table.py",
     }
     # Values of "told" candidates come from outside: it evaluates nothing that could be held.
     found = {cls for cls in found if cls.__name__ != "ToldEvaluator"}
@@ -201,7 +202,7 @@ def test_one_candidates_failure_is_its_own() -> None:
         (float("inf"), "not finite"),
         ("much", "numbers"),
         ((1.0, 2.0), "objectives"),
-        ({}, "numbers"),
+        ({}, "returned no value"),
     ],
 )
 def test_odd_answers_are_failures_with_a_reason(answer: Any, reason: str) -> None:

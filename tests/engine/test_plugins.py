@@ -67,7 +67,7 @@ def test_a_recipe_of_another_package_is_run_resumed_and_verified(
     [
         ("algorithm", "broken", "of tiny-plugin cannot be loaded from 'tiny_plugin:Missing'"),
         ("executor", "broken", "No module named 'no_such_module'"),
-        ("algorithm", "cornes", "unknown algorithm 'cornes'; known: broken, corners, evolution"),
+        ("algorithm", "cornes", "unknown algorithm 'cornes'; known: broken, cma, corners, eda"),
     ],
 )
 def test_a_broken_or_unknown_plugin_is_named(

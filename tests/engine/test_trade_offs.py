@@ -372,6 +372,14 @@ def test_the_progress_line_shows_front_and_hypervolume() -> None:
         ({"objectives": TWO, "algorithm": "nsga2", "steer": "loss"}, "evolution"),
         ({"objectives": TWO, "steer": "speed"}, "speed.*loss"),
         ({"objectives": TWO, "target": 0.1}, "steers"),
+        (
+            {
+                "objectives": TWO,
+                "steer": "bytes",
+                "algorithm": AlgorithmSpec("evolution", {"race": True}),
+            },
+            "race.*first objective",
+        ),
         ({"objectives": TWO, "direction": "max"}, "either"),
         ({"objectives": {}}, "one or more"),
         ({"objectives": {"loss": "down"}}, "min, max"),

@@ -102,7 +102,10 @@ def test_plain_sigmas_of_a_known_solver(tmp_path):
     plain = fixed_family(result.space.noise, 5, family="mixture")["log_snr/data/q1/none/none/final"]
     group = result.groups[0]
     group.winner = replace(
-        group.best_baseline(), population=result.space.of_schedules([plain]), origin="seed:plain"
+        group.best_baseline(),
+        among=result.space.of_schedules([plain]),
+        row=0,
+        origin="seed:plain",
     )
     (path,) = export(config, result, tmp_path, "sigmas")
     sigmas = json.loads(path.read_text())["5"]
