@@ -251,7 +251,6 @@ def run(
             stop_reason=stop_reason,
             seconds=seconds,
             usage=store.get_meta("usage"),
-            proposals=store.get_meta("proposals"),
         )
         store.set_meta("result", result.to_json())
         store.commit()
@@ -356,6 +355,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "options": dict(config.options),
         "repeat": store.get_meta("repeat"),
         "pace": store.get_meta("pace") or {},
+        "proposals": store.get_meta("proposals"),
         "algorithm": reasons(config, store),
     }
     result = Result(
@@ -392,7 +392,6 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
         usage=store.get_meta("usage"),
-        proposals=store.get_meta("proposals"),
     )
     return result
 
