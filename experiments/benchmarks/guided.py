@@ -107,14 +107,19 @@ def cells(evaluator: TableEvaluator, *, signals: Any) -> Task:
 # -- evaluations that are saved -----------------------------------------------------------------
 
 
+def string(seed: int) -> Task:
+    """The places that differ from a hidden string."""
+    loss = hidden(seed)
+    return Task("hidden string", string_space(), lambda p: loss(p["x"]))
+
+
 def strings(journal: Journal, quick: bool) -> None:
     """Evaluations until a hidden string of 32 choices of 8 is found."""
     seeds = range(1) if quick else range(15)
     for lag in (1,) if quick else (1, 16):
         counts, seconds = [], 0.0
         for seed in seeds:
-            loss = hidden(seed)
-            task = Task("string", string_space(), lambda p, loss=loss: loss(p["x"]))
+            task = string(seed)
             trace = searched(made(task, "guided", seed), task, 2000, lag=lag, until=0.0)
             counts.append(len(trace.losses))
             seconds += trace.seconds
