@@ -143,7 +143,7 @@ class Dele(BasePredictor):
         wanted = torch.from_numpy((features.scores * self._signs).astype(np.float32))
         adam = torch.optim.Adam([*net.encoders.parameters(), *net.heads.parameters()], lr=self.rate)
         for _ in range(self.pretrain):
-            for rows in torch.randperm(len(wanted)).split(BATCH):
+            for rows in torch.split(torch.randperm(len(wanted)), BATCH):
                 said = net.opinions(batch.take(rows))
                 parts = [
                     _hinge(column, truth)
@@ -155,7 +155,7 @@ class Dele(BasePredictor):
         """Step 2: experts and gate learn the order of the losses."""
         adam = torch.optim.Adam(net.parameters(), lr=self.rate)
         for _ in range(self.epochs):
-            for rows in torch.randperm(len(truth)).split(BATCH):
+            for rows in torch.split(torch.randperm(len(truth)), BATCH):
                 _step(adam, _hinge(net(batch.take(rows)), truth[rows]))
 
     def _map(self, net: _Experts, batch: Batch, targets: Floats) -> None:
@@ -209,7 +209,7 @@ class Dele(BasePredictor):
 def _said(net: _Experts, batch: Batch) -> Floats:
     """The net's outputs, float64 (n,), in blocks."""
     with torch.no_grad():
-        parts = [net(batch.take(rows)) for rows in torch.arange(len(batch.x)).split(_BLOCK)]
+        parts = [net(batch.take(rows)) for rows in torch.split(torch.arange(len(batch.x)), _BLOCK)]
     return torch.cat(parts).numpy().astype(np.float64)
 
 

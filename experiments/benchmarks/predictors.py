@@ -5,7 +5,8 @@
 Cells are split as the data's README says: labels come from one half of the 15,625 cells, Kendall's
 tau is that of all cells of the other half with their accuracy after 200 epochs on CIFAR-10. The
 signals are six zero-shot scores, FLOPs, parameters and two latencies; none needs training; those
-of the whole first half are shown, its other labels are not. The table is read below $SEARCHLAB_DATA.
+of the whole first half are shown, its other labels are not. The table is read below
+$SEARCHLAB_DATA.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,11 +123,12 @@ def fitted(
 def more_signals(table: Table, columns: Floats, name: str) -> Table:
     """The table with further signals (n, k)."""
     k = columns.shape[1]
+    directions: list[Literal["min", "max"]] = ["min"] * k
     return replace(
         table,
         signals=np.concatenate([table.signals, columns], axis=1),
         signal_names=(*table.signal_names, *(f"{name}{i}" for i in range(k))),
-        directions=(*table.directions, *["min"] * k),
+        directions=(*table.directions, *directions),
     )
 
 
