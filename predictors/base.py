@@ -59,7 +59,7 @@ class BasePredictor:
         usable = usable_losses(losses, len(table))
         inputs = Inputs(table, pool)
         labels = Labels(usable, self.labels_kind)
-        self._prepare(table, pool)
+        self._prepare(inputs, None if pool is None else inputs(pool))
         self._learn(inputs(table), labels.targets, seed)
         self._inputs, self._labels, self.n_labels = inputs, labels, len(table)
 
@@ -92,8 +92,8 @@ class BasePredictor:
 
     # -- what a subclass writes -------------------------------------------------------------
 
-    def _prepare(self, table: Table, pool: Table | None) -> None:
-        """A look at the tables before `_learn`, for those that read more than features."""
+    def _prepare(self, inputs: Inputs, pool: Features | None) -> None:
+        """A look at the space and the pool before `_learn`, for those that need them."""
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         """Fits targets (n,): mean 0 and about sd 1, the smaller the better."""

@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from searchlab.errors import ConfigError
 from searchlab.predictor import Table
-from searchlab.space import Space
+from searchlab.space import Space, Tokens
 
 __all__ = ["Features", "Inputs", "Labels", "usable_losses"]
 
@@ -74,6 +74,7 @@ class Features:
         means: (n, k), means of the codes over the elements of each variable: of choices the share
             of every label.
         elements: of a candidate.
+        tokens: one for each element, for those that read sequences; None = not kept.
     """
 
     x: Floats
@@ -81,6 +82,7 @@ class Features:
     missing: Floats
     means: Floats
     elements: float
+    tokens: Tokens | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -104,7 +106,8 @@ class Features:
         """The rows that an index array, a boolean mask or a slice selects."""
         parts = (self.x, self.scores, self.missing, self.means)
         x, scores, missing, means = (part[rows] for part in parts)
-        return Features(x, scores, missing, means, self.elements)
+        tokens = None if self.tokens is None else Tokens(*(part[rows] for part in self.tokens))
+        return Features(x, scores, missing, means, self.elements, tokens)
 
 
 class Inputs:
@@ -173,6 +176,7 @@ class Inputs:
             np.isnan(table.signals[:, self.flags]).astype(np.float64),
             _means(self.space, table.x),
             float(self.space.size),
+            table.tokens,
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -22,8 +22,8 @@ __all__ = ["Stack"]
 Floats = NDArray[np.float64]
 
 FOLDS = 5
-_BELIEF = {"gp": 0.6, "gbdt": 0.2, "ridge": 0.1, "rf": 0.1}  # weights before any label is seen
-_WORTH = 40.0  # labels that this belief is worth
+_BELIEF = {"gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}  # weights before any label is seen
+_WORTH = 60.0  # labels that this belief is worth
 
 
 def _member(name: str) -> BasePredictor:

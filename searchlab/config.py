@@ -66,6 +66,7 @@ EXECUTORS: dict[str, str] = {
     "processes": "searchlab.executors.processes:ProcessExecutor",
 }
 PREDICTORS: dict[str, str] = {
+    "dele": "searchlab.predictors.dele:Dele",
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
     "rf": "searchlab.predictors.forest:Forest",
