@@ -63,6 +63,11 @@ class TableOptions:
             raise ConfigError("no table; allowed: --file FILE")
         if not self.variables:
             raise ConfigError("no variables; allowed: --variables COLUMN or COLUMN:KIND")
+        for text in self.variables:
+            if "," in text or "=" in text:
+                raise ConfigError(
+                    f"variable {text!r}; allowed: COLUMN or COLUMN:KIND, --variables once for each"
+                )
         if not self.objective:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         _check_budget(self.budget)

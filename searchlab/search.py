@@ -484,7 +484,8 @@ def search(
         warm = best_of_run(warm_start, space, of, database=database)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
-    stages: tuple[Stage, ...] = getattr(spec.kind(), "expand", as_it_is)(stage)
+    expand: Callable[[Stage], tuple[Stage, ...]] | None = getattr(spec.kind(), "expand", None)
+    stages = (stage,) if expand is None else expand(stage)
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
@@ -499,11 +500,6 @@ def search(
     return run_in_database(
         config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
     )
-
-
-def as_it_is(stage: Stage) -> tuple[Stage, ...]:
-    """The stages of an algorithm that needs one."""
-    return (stage,)
 
 
 def as_evaluator(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,26 @@ from searchlab.search import run
 from searchlab.space import Space
 from searchlab.study import MemoryRun
 from searchlab.variables import Choice, Integer, Real
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def digest_elsewhere(module: Path, hash_seed: str) -> str:
+    """What `trace_digest()` of a test module gives in another process."""
+    code = (
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('t', {str(module)!r})\n"
+        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.trace_digest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.strip()
 
 
 class Watched(Evolution):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,7 @@ from searchlab.errors import ConfigError
 from searchlab.space import Space
 from searchlab.testing.algorithm import SPACES, AlgorithmSuite, Build, drive, proposals
 from searchlab.variables import Choice, Integer
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.loop_tools import digest_elsewhere
 
 
 class TestRandom(AlgorithmSuite):
@@ -136,20 +132,7 @@ def trace_digest() -> str:
 
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_another_process_proposes_the_same(hash_seed: str) -> None:
-    code = (
-        "import importlib.util as u\n"
-        f"spec = u.spec_from_file_location('t', {str(Path(__file__))!r})\n"
-        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.trace_digest())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == trace_digest()
+    assert digest_elsewhere(Path(__file__), hash_seed) == trace_digest()
 
 
 def _told(space: Space, values: list[int], losses: list[float]) -> Told:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,7 @@ from searchlab.space import Space
 from searchlab.testing.algorithm import SPACES, AlgorithmSuite, Build, drive, proposals
 from searchlab.uniforms import uniforms, uniforms_of
 from searchlab.variables import ActiveIf, Affine, Choice, Integer, Ordered, Real, Simplex, Subset
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.loop_tools import digest_elsewhere
 
 
 def _sums() -> Space:
@@ -143,20 +139,7 @@ def trace_digest() -> str:
 
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_another_process_proposes_the_same(hash_seed: str) -> None:
-    code = (
-        "import importlib.util as u\n"
-        f"spec = u.spec_from_file_location('t', {str(Path(__file__))!r})\n"
-        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.trace_digest())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == trace_digest()
+    assert digest_elsewhere(Path(__file__), hash_seed) == trace_digest()
 
 
 # -- coordinates --------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ def test_a_table_that_changed_is_another_one(
     [
         ({}, "no table"),
         ({"file": "t.csv"}, "no variables"),
+        ({"file": "t.csv", "variables": ("kind,depth",)}, "once for each"),
+        ({"file": "t.csv", "variables": ("kind=choice",)}, "COLUMN:KIND"),
         ({"file": "t.csv", "variables": ("a",)}, "no objective"),
         ({"algorithm": "magic"}, "unknown algorithm of a table 'magic'; known: .*evolution"),
         ({"algorithm": "race"}, "unknown algorithm of a table 'race'"),
