@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from searchlab.errors import ConfigError, DataError
 from searchlab.evaluator import Fidelity, Objective, Signal
 from searchlab.evaluators._table_file import Kind, file_digest, make_space, numbers, read_table
-from searchlab.population import FAILED, Evaluations, Jobs
+from searchlab.population import FAILED, Evaluations, Jobs, Population
 from searchlab.space import Space
 
 __all__ = ["TableEvaluator"]
@@ -168,6 +168,13 @@ class TableEvaluator:
             std_error=np.where(found[:, None], self._errors[at], np.nan) if last else None,
             signals=np.where(found[:, None], self._signals[at], np.nan),
         )
+
+    def static_signals(self, population: Population) -> NDArray[np.float64]:
+        """Signals of candidates without an evaluation, float64 (n, signals), NaN = missing."""
+        keys = self.space.keys(population)
+        at = np.array([self._rows.get(key, -1) for key in keys], dtype=np.int64)
+        out: NDArray[np.float64] = np.where((at >= 0)[:, None], self._signals[at], np.nan)
+        return out
 
     def _why(self, row: int, level: int) -> str:
         if row < 0:

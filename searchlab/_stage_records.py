@@ -52,6 +52,7 @@ class Group:
     voids: deque[int] = field(default_factory=deque)  # ids without a job that are not recorded
     answers: dict[bytes, Answer] = field(default_factory=dict)  # values of other runs and stages
     levels: Levels | None = None  # None = each job counts as one evaluation
+    known_fidelity: NDArray[np.int64] | None = None  # of each row; None = that of the jobs
     baseline: NDArray[np.bool_] = field(init=False)  # rows that no budget counts
 
     def __post_init__(self) -> None:
@@ -62,6 +63,18 @@ class Group:
     def price(self) -> float:
         """What one job of a group that was asked for costs; groups of records may have several."""
         return 1 if self.levels is None or not len(self.jobs) else float(self.levels.price[0])
+
+    @property
+    def fidelity(self) -> NDArray[np.int64]:
+        """At which fidelity each row is measured, (n,)."""
+        if self.known_fidelity is not None:
+            return self.known_fidelity
+        return np.full(len(self.jobs), self.jobs.fidelity, dtype=np.int64)
+
+    def take_predictions(self, row: int, known: Jobs, at: int) -> None:
+        """What the record of a row says was predicted stands, whatever would be now."""
+        if self.jobs.predicted is not None and known.predicted is not None:
+            self.jobs.predicted[row] = known.predicted[at]
 
     def worth(self, rows: Sequence[int], flags: NDArray[np.bool_]) -> float:
         """What the flagged ones of some rows cost together."""
@@ -78,6 +91,8 @@ class Group:
             self.jobs.population.take(rows),
             self.losses[rows] if stage.steer is None else self.losses[rows][:, [stage.main]],
             self.violation[rows],
+            None if self.jobs.predicted is None else self.jobs.predicted[rows],
+            self.fidelity[rows],
         )
 
 
@@ -104,6 +119,7 @@ class Known:
             keys=tuple(key or b"" for key in records.keys),
             origin=tuple(records.origin),
             parents=records.parents,
+            predicted=np.column_stack([records.predicted_mean, records.predicted_sd]),
         )
         evaluations = records.evaluations()
         m = len(stage.evaluator.objectives)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALGORITHMS",
     "EXECUTORS",
+    "PREDICTORS",
     "AdoptBest",
     "AlgorithmSpec",
     "Answers",
@@ -46,6 +47,7 @@ ALGORITHMS: dict[str, str] = {
     "es11": "searchlab.algorithms.es11:OnePlusOne",
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "gp": "searchlab.algorithms.optuna:GP",
+    "guided": "searchlab.algorithms.guided:Guided",
     "listed": "searchlab.algorithms.simple:Listed",
     "local_search": "searchlab.algorithms.local_search:LocalSearch",
     "nsga2": "searchlab.algorithms.front:NSGA2",
@@ -63,6 +65,14 @@ EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
     "processes": "searchlab.executors.processes:ProcessExecutor",
 }
+PREDICTORS: dict[str, str] = {
+    "dele": "searchlab.predictors.dele:Dele",
+    "gbdt": "searchlab.predictors.boosted:Boosted",
+    "gp": "searchlab.predictors.gp:GaussianProcess",
+    "rf": "searchlab.predictors.forest:Forest",
+    "ridge": "searchlab.predictors.ridge:Ridge",
+    "stack": "searchlab.predictors.stack:Stack",
+}
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
 
@@ -76,7 +86,7 @@ def resolve(registry: Mapping[str, str], name: str, kind: str) -> Any:
     Args:
         registry: names that come with searchlab.
         name: what is wanted.
-        kind: "algorithm", "executor", "evaluator" or "recipe".
+        kind: "algorithm", "executor", "evaluator", "predictor" or "recipe".
 
     Raises:
         ConfigError: the name is not registered (lists the known ones), or its plugin cannot be
@@ -136,6 +146,7 @@ class AlgorithmSpec:
         first_id: int,
         seeds: Seeds | None,
         fidelities: Sequence[Fidelity] = (),
+        signals: object = None,
     ) -> Algorithm:
         """The algorithm at the beginning of a stage.
 
@@ -143,6 +154,8 @@ class AlgorithmSpec:
             space, seed, first_id, seeds: see `Algorithm`.
             fidelities: those it may choose among; an algorithm that has an option `fidelities`
                 gets their costs.
+            signals: an evaluator with `static_signals`; an algorithm that has an option `signals`
+                gets it.
         """
         if self.name == AUTO:
             raise ConfigError("auto is settled when a run is opened; see searchlab.auto.settled")
@@ -150,6 +163,8 @@ class AlgorithmSpec:
         options = dict(self.options)
         if fidelities and "fidelities" in inspect.signature(factory).parameters:
             options.setdefault("fidelities", tuple(fidelity.cost for fidelity in fidelities))
+        if signals is not None and "signals" in inspect.signature(factory).parameters:
+            options.setdefault("signals", signals)
         try:
             return factory(space, seed=seed, first_id=first_id, seeds=seeds, **options)
         except TypeError as error:
@@ -359,6 +374,7 @@ class Stage:
             first_id=first_id,
             seeds=seeds,
             fidelities=self.evaluator.fidelities[: self.fidelity_index + 1],
+            signals=self.evaluator if hasattr(self.evaluator, "static_signals") else None,
         )
 
 

@@ -102,13 +102,13 @@ class StageRun:
         self._broken: dict[bytes, tuple[int, str]] = {}
         self._own_jobs: set[tuple[bytes | None, int, int]] = set()
         self.next_id = self.first_id
-        self._open = 0
-        self._empty_ids = 0
+        self._open = self._empty_ids = 0
         self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
         self._digest = stage_digest(self.stage)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._constraints = constraints_of(self.stage.evaluator)
         self.started = time.monotonic()
+        self.proposing_s = 0.0  # seconds of this process that tells and asks took
         self._limits = Limits(self.stage)
         self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.hits = self.finished = self.failed = 0
@@ -181,6 +181,7 @@ class StageRun:
                 return
             if not self._may_ask(q):
                 return
+            asked = time.perf_counter()
             self._tell_below(need)
             if self.free and not self.recompute:
                 self._planned[start] = need - self.first_id
@@ -189,6 +190,7 @@ class StageRun:
                 stage=self.index,
                 told_at_ask=max(0, need - self.first_id),
             )
+            self.proposing_s += time.perf_counter() - asked
             if self.recompute:
                 differing = differences(jobs, known, start, q)
                 if differing is None:
@@ -374,6 +376,7 @@ class StageRun:
             )
         group.losses[row] = known.losses[at]
         group.violation[row] = known.violation[at]
+        group.take_predictions(row, known.jobs, at)
         group.done[row] = True
         one = [at]
         self._count(group, [row], known.cached[one], known.state[one], known.cost_s[one])
@@ -489,6 +492,7 @@ class StageRun:
             worker=done.worker if done else "cache",
             attempts=done.attempts if done else 0,
             cached=flags,
+            predicted=None if jobs.predicted is None else (*jobs.predicted.T,),
         )
         group.losses[rows] = losses(evaluations, self.stage.evaluator.objectives)
         group.violation[rows] = violation(evaluations.constraints, self._constraints)
@@ -583,6 +587,7 @@ class StageRun:
             known.violation[rows],
             np.ones(len(rows), dtype=bool),
             levels=self._levels.each(known.fidelity[rows], known.replicate[rows]),
+            known_fidelity=np.asarray(known.fidelity[rows], dtype=np.int64),
         )
         self._groups.append(group)
         self.next_id = end

@@ -103,6 +103,8 @@ class Jobs:
         bound: float64 (n,), a loss beyond which a candidate need not be finished; NaN = none.
         origin: what made each row ("baseline", "seed", "random", "vary", ...).
         parents: int64 (n, 2), ids of the parents; -1 = none.
+        predicted: float64 (n, 2), mean and standard deviation of the loss as predicted when the
+            row was proposed; NaN or None = no prediction.
     """
 
     ids: NDArray[np.int64]
@@ -115,6 +117,7 @@ class Jobs:
     bound: NDArray[np.float64] | None = None
     origin: tuple[str, ...] = ()
     parents: NDArray[np.int64] | None = None
+    predicted: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -133,6 +136,7 @@ class Jobs:
             bound=None if self.bound is None else self.bound[index],
             origin=tuple(self.origin[i] for i in index) if self.origin else (),
             parents=None if self.parents is None else self.parents[index],
+            predicted=None if self.predicted is None else self.predicted[index],
         )
 
     @staticmethod
@@ -140,6 +144,7 @@ class Jobs:
         """All jobs of the parts, which are of one fidelity, replicate and stage, in order."""
         bounds = [part.bound for part in parts if part.bound is not None]
         parents = [part.parents for part in parts if part.parents is not None]
+        predicted = [part.predicted for part in parts if part.predicted is not None]
         return replace(
             parts[0],
             ids=np.concatenate([part.ids for part in parts]),
@@ -148,6 +153,7 @@ class Jobs:
             bound=np.concatenate(bounds) if bounds else None,
             origin=tuple(text for part in parts for text in part.origin),
             parents=np.concatenate(parents) if parents else None,
+            predicted=np.concatenate(predicted) if predicted else None,
         )
 
 

@@ -228,6 +228,7 @@ def run(
                 algorithm = leg.algorithm = build_algorithm(stage, index, first_id, config, store)
             first_id = leg.run()
             stop_reason = leg.stop_reason
+            _note_proposals(leg, store)
             if leg.interrupted:
                 status = "interrupted"
                 break
@@ -260,6 +261,18 @@ def run(
     finally:
         executor.close()
         store.close(status)
+
+
+def _note_proposals(leg: StageRun, store: Store) -> None:
+    """Keeps what proposing took, over all processes of the run, and what the algorithm says."""
+    notes: dict[str, Any] = store.get_meta("proposals") or {}
+    before = notes.get(leg.stage.name, {})
+    seconds = before.get("seconds", 0.0) + leg.proposing_s
+    note = {"seconds": seconds, "seconds_per_evaluation": seconds / max(leg.paid, 1.0)}
+    state = leg.algorithm.report() or before.get("state", {})
+    store.set_meta(
+        "proposals", {**notes, leg.stage.name: {**note, **({"state": state} if state else {})}}
+    )
 
 
 def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
@@ -342,6 +355,7 @@ def collect(config: SearchConfig, store: Store) -> Result:
         "options": dict(config.options),
         "repeat": store.get_meta("repeat"),
         "pace": store.get_meta("pace") or {},
+        "proposals": store.get_meta("proposals"),
         "algorithm": reasons(config, store),
     }
     result = Result(

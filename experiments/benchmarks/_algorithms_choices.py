@@ -23,7 +23,7 @@ from searchlab.experiments.benchmarks._common import Aim, Journal, lacking, spre
 from searchlab.space import Space
 from searchlab.variables import Choice, Real
 
-__all__ = ["run"]
+__all__ = ["evaluations", "hidden", "nk", "run", "string_space"]
 
 PLACES, LABELS = 32, 8
 MOST = 10_000  # evaluations after which a peer is stopped
@@ -39,7 +39,8 @@ def run(journal: Journal, quick: bool) -> None:
     costs(journal, quick)
 
 
-def _space() -> Space:
+def string_space() -> Space:
+    """32 choices of 8."""
     return Space(x=Choice(tuple(range(LABELS)), shape=(PLACES,)))
 
 
@@ -48,7 +49,7 @@ def _space() -> Space:
 WHAT = f"{PLACES} choices of {LABELS}, hidden string"
 
 
-def _hidden(seed: int) -> Losses:
+def hidden(seed: int) -> Losses:
     """How many places differ from the string of this seed."""
     string = np.random.default_rng(seed).integers(0, LABELS, PLACES)
 
@@ -69,7 +70,8 @@ def evaluations(algorithm: Algorithm, losses: Losses, *, lag: int, most: int = M
             told += 1
         jobs = algorithm.ask(i, 1)
         values = losses(jobs.population["x"]) if len(jobs) else np.empty(0)
-        asked.append(Told(jobs.ids, jobs.population, values[:, None], np.zeros(len(jobs))))
+        none = np.zeros(len(jobs))
+        asked.append(Told(jobs.ids, jobs.population, values[:, None], none, jobs.predicted))
         paid += len(jobs)
         if (values == 0).any() or paid == most:
             return paid
@@ -86,7 +88,7 @@ def _ours(journal: Journal, quick: bool) -> None:
     """The default evolution; medians of 15 seeds differ by hundreds, so there are more of them."""
     seeds = SEEDS[:2] if quick else MANY_SEEDS
     for lag, aim in ((1, 1350), (16, 1450)):
-        counts = [evaluations(Evolution(_space(), seed=s), _hidden(s), lag=lag) for s in seeds]
+        counts = [evaluations(Evolution(string_space(), seed=s), hidden(s), lag=lag) for s in seeds]
         of_peers = statistics.median(counts[: len(SEEDS)])
         figures = {"evaluations": spread(counts), "median_of_the_peers_seeds": of_peers, "lag": lag}
         aims = [Aim("median evaluations", statistics.median(counts), "at most", aim, not quick)]
@@ -105,7 +107,7 @@ def _peers(journal: Journal, quick: bool) -> None:
         if reason is not None:
             journal.skip(f"{WHAT}, {name}", reason)
             continue
-        counts = [peer(_hidden(s), s, most) for s in few]
+        counts = [peer(hidden(s), s, most) for s in few]
         figures = {"evaluations": spread(counts), "stopped_after": most}
         journal.case(f"{WHAT}, {name}", figures, seeds=few)
 
@@ -177,7 +179,7 @@ def _pymoo_with(losses: Losses, seed: int, most: int, *, population: int, **more
 # -- interacting choices ------------------------------------------------------------------------
 
 
-def _nk(seed: int, k: int = 2) -> Losses:
+def nk(seed: int, k: int = 2) -> Losses:
     """An NK landscape: each place has a random table over itself and k random other places."""
     rng = np.random.default_rng(seed)
     tables = rng.random((PLACES, LABELS ** (k + 1)))
@@ -199,14 +201,14 @@ def landscape(journal: Journal, quick: bool) -> None:
     seeds = SEEDS[:1] if quick else SEEDS[:10]
     marks = (500,) if quick else (500, 2000, 5000)
     algorithms: dict[str, Callable[[int], Algorithm]] = {
-        "evolution": lambda seed: Evolution(_space(), seed=seed),
+        "evolution": lambda seed: Evolution(string_space(), seed=seed),
         "evolution with mu 20": lambda seed: Evolution(
-            _space(), seed=seed, parents=ParentRule(mu=20)
+            string_space(), seed=seed, parents=ParentRule(mu=20)
         ),
-        "random": lambda seed: Random(_space(), seed=seed),
+        "random": lambda seed: Random(string_space(), seed=seed),
     }
     for name, build in algorithms.items():
-        best = np.array([_best_at(build(seed), _nk(seed), marks) for seed in seeds])
+        best = np.array([_best_at(build(seed), nk(seed), marks) for seed in seeds])
         figures = {f"best_at_{mark}": spread(best[:, j].tolist()) for j, mark in enumerate(marks)}
         journal.case(
             f"NK landscape, {PLACES} choices of {LABELS}, K 2, {name}", figures, seeds=seeds
@@ -240,21 +242,22 @@ class _Setup:
 def _setups() -> tuple[_Setup, ...]:
     reals = Space(x=Real(-5, 5, shape=(50,)))
     return (
-        _Setup(_space()),
-        _Setup(_space(), objectives=2),
+        _Setup(string_space()),
+        _Setup(string_space(), objectives=2),
         _Setup(reals),
-        _Setup(_space(), options={"fidelities": (0.1, 1.0)}),
+        _Setup(string_space(), options={"fidelities": (0.1, 1.0)}),
     )
 
 
 GIVEN = {"listed", "paired_race", "profile", "race"}  # a list or a plan that ends: no search
 BY_OPTUNA = {"gp", "tpe"}  # rebuilt from Optuna's samplers, at Optuna's cost
+PREDICTS = {"guided"}  # measured beside what it saves, in the benchmark `guided`
 
 
 def costs(journal: Journal, quick: bool) -> None:
     """CPU time of one proposal, told to the algorithm, after 1,000 and after 10,000 told."""
     at = (100, 1000) if quick else (1000, 10_000)
-    for name in sorted(set(ALGORITHMS) - GIVEN - BY_OPTUNA):
+    for name in sorted(set(ALGORITHMS) - GIVEN - BY_OPTUNA - PREDICTS):
         found = next((f for setup in _setups() if (f := _costs(name, setup, at)) is not None), None)
         case = f"cost of a proposal, {name}"
         if found is None:

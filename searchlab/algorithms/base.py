@@ -52,12 +52,17 @@ class Told:
         population: the n candidates.
         losses: float64 (n, m), minimised; +inf where not ok.
         violation: float64 (n,), sum of constraint violations, 0 where none.
+        predicted: float64 (n, 2), mean and standard deviation of the loss as predicted when each
+            row was proposed; NaN or None = no prediction.
+        fidelity: int64 (n,), at which of the evaluator's fidelities; None = the stage's own.
     """
 
     ids: NDArray[np.int64]
     population: Population
     losses: NDArray[np.float64]
     violation: NDArray[np.float64]
+    predicted: NDArray[np.float64] | None = None
+    fidelity: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,13 @@ class Algorithm:
         min_objectives, max_objectives: how many columns of losses it can make use of; None = any.
         quantum: ids per ask group.
         max_lag: the largest lag under which it works as meant; None = any.
+        pools: `_draw` may be given one id many times with different uniforms, cheaply, and then
+            gives as many candidates that this id could have been.
     """
 
     name: ClassVar[str] = ""
-    levels: ClassVar[bool] = False
+    levels: bool = False
+    pools: bool = True
     min_objectives: ClassVar[int] = 1
     max_objectives: ClassVar[int | None] = 1
     quantum: int = 1
@@ -295,6 +303,10 @@ class Algorithm:
                 for row in rows:
                     settle(row)
         return _assembled(jobs, attempts, at, source, draws)
+
+    def report(self) -> dict[str, Any]:
+        """JSON that a run's result states about the state after the last proposal."""
+        return {}
 
     @staticmethod
     def notes(result: Result) -> list[str]:

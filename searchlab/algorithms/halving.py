@@ -45,7 +45,8 @@ class SuccessiveHalving(Algorithm):
     """
 
     name: ClassVar[str] = "successive_halving"
-    levels: ClassVar[bool] = True
+    pools = False
+    levels = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class LocalSearch(Algorithm):
     """
 
     name: ClassVar[str] = "local_search"
+    pools = False
 
     def __init__(
         self,

@@ -158,6 +158,7 @@ class Sampled(Algorithm):
     """
 
     name: ClassVar[str] = "optuna"
+    pools = False
     max_objectives: ClassVar[int | None] = None
 
     def __init__(

@@ -54,7 +54,8 @@ class PairedRace(Algorithm):
     """
 
     name: ClassVar[str] = "paired_race"
-    levels: ClassVar[bool] = True
+    pools = False
+    levels = True
 
     def __init__(
         self,

@@ -177,6 +177,7 @@ class Profile(Listed):
     """
 
     name: ClassVar[str] = "profile"
+    pools = False
 
     def __init__(
         self,

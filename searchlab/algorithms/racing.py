@@ -28,6 +28,7 @@ class Race(Listed):
     """
 
     name: ClassVar[str] = "race"
+    pools = False
     max_objectives: ClassVar[int | None] = 1
 
     def __init__(

@@ -243,6 +243,7 @@ class Separable(Evolution):
     """
 
     name: ClassVar[str] = "separable"
+    pools = False
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Listed(Algorithm):
     """
 
     name: ClassVar[str] = "listed"
+    pools = False
     max_objectives: ClassVar[int | None] = None
 
     def __init__(

@@ -68,6 +68,7 @@ class SamplerAlgorithm(AlgorithmSpec):
         first_id: int,
         seeds: Seeds | None,
         fidelities: Sequence[Fidelity] = (),
+        signals: object = None,
     ) -> Algorithm:
         """The algorithm at the beginning of a stage; it measures at the stage's fidelity alone."""
         factory: Any = vars(self)["sampler_factory"]

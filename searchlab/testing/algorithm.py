@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,22 @@ def told_of(space: Space, jobs: Jobs, fail_every: int = 0, objectives: int = 1) 
     losses = losses_of(space, jobs.population, objectives)
     if fail_every:
         losses[jobs.ids % fail_every == 0] = np.inf
-    return Told(jobs.ids, jobs.population, losses, np.zeros(len(jobs)))
+    fidelity = np.full(len(jobs), jobs.fidelity, dtype=np.int64)
+    return Told(jobs.ids, jobs.population, losses, np.zeros(len(jobs)), jobs.predicted, fidelity)
+
+
+def _told_rows(told: Told, rows: slice) -> Told:
+    def part(column: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if column is None else column[rows]
+
+    return Told(
+        told.ids[rows],
+        told.population.take(rows),
+        told.losses[rows],
+        told.violation[rows],
+        part(told.predicted),
+        part(told.fidelity),
+    )
 
 
 def drive(
@@ -214,21 +230,22 @@ class AlgorithmSuite:
         ids = np.concatenate([jobs.ids for jobs in parts])
         keys = [key for jobs in parts for key in jobs.keys]
         losses = losses_of(space, population, stepwise.min_objectives)
-        everything = Told(ids, population, losses, np.zeros(len(ids)))
+        predicted = [jobs.predicted for jobs in parts if jobs.predicted is not None]
+        everything = Told(
+            ids,
+            population,
+            losses,
+            np.zeros(len(ids)),
+            np.concatenate(predicted) if predicted else None,
+            np.concatenate([np.full(len(jobs), jobs.fidelity, np.int64) for jobs in parts]),
+        )
         rebuilt = [self.new(build, space), self.new(build, space)]
         for algorithm in rebuilt:
             algorithm.issue(ids, keys)
         rebuilt[0].tell(everything)
         cut = len(ids) // 3
         for rows in (slice(0, cut), slice(cut, cut), slice(cut, None)):
-            rebuilt[1].tell(
-                Told(
-                    ids[rows],
-                    population.take(rows),
-                    everything.losses[rows],
-                    np.zeros(len(ids))[rows],
-                )
-            )
+            rebuilt[1].tell(_told_rows(everything, rows))
         start = len(parts) * stepwise.quantum
         n = 2 * stepwise.quantum
         wanted = proposals([stepwise.ask(start, n)])

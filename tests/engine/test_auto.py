@@ -17,7 +17,7 @@ from searchlab.algorithms import Seeds
 from searchlab.auto import choose, chosen_for, kept_baselines, parse_baselines, settled
 from searchlab.callbacks import Progress
 from searchlab.cli import main
-from searchlab.config import ALGORITHMS, SearchConfig
+from searchlab.config import SearchConfig
 from searchlab.errors import ConfigError, StudyError
 from searchlab.progress import ProgressLine
 from searchlab.result import Result
@@ -30,8 +30,6 @@ CHOICES = Space(x=Choice(range(4), shape=(6,)))
 REALS = Space(x=Real(-1, 1, shape=(5,)))
 MIXED = Space(x=Choice(range(4), shape=(6,)), y=Real(0, 1), n=Integer(0, 9))
 FOUR = Real(0, 1, shape=(4,))
-# Registered for these tests only: no predictor comes with this version.
-GUIDED = {"guided": "searchlab.algorithms.simple:Random"}
 
 
 def total(x: list[int]) -> float:
@@ -48,8 +46,8 @@ def rising(columns: Mapping[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("space", "more", "name"),
     [
-        (CHOICES, {"evaluations": 40}, "evolution"),
-        (CHOICES, {"evaluations": 200}, "evolution"),
+        (CHOICES, {"evaluations": 40}, "guided"),
+        (CHOICES, {"evaluations": 400}, "evolution"),
         (CHOICES, {"evaluations": None}, "evolution"),
         (MIXED, {}, "evolution"),
         (REALS, {"evaluations": 40}, "cma"),
@@ -79,7 +77,7 @@ def test_the_algorithm_follows_the_space_and_the_objectives(
     assert chosen.reason
 
 
-@pytest.mark.parametrize(("evaluations", "halves"), [(60, True), (61, False), (None, False)])
+@pytest.mark.parametrize(("evaluations", "halves"), [(60, True), (301, False), (None, False)])
 def test_few_evaluations_are_spread_over_the_fidelities(
     evaluations: int | None, halves: bool
 ) -> None:
@@ -99,8 +97,8 @@ def test_only_a_stage_that_begins_at_the_truth_has_fidelities_to_go_by() -> None
     spec, budget = sl.AlgorithmSpec("auto"), sl.Budget(40)
     stage = sl.Stage("search", CHOICES, evaluator, spec, budget)
     assert chosen_for(stage).spec.name == "successive_halving"
-    assert chosen_for(replace(stage, fidelity=0)).spec.name == "evolution"
-    assert chosen_for(replace(stage, adopt=sl.AdoptBest(3))).spec.name == "evolution"
+    assert chosen_for(replace(stage, fidelity=0)).spec.name == "guided"
+    assert chosen_for(replace(stage, adopt=sl.AdoptBest(3))).spec.name == "guided"
 
 
 def test_evolution_races_where_the_evaluator_stops_early() -> None:
@@ -112,41 +110,35 @@ def test_evolution_races_where_the_evaluator_stops_early() -> None:
 
 @pytest.mark.parametrize(
     ("evaluations", "name"),
-    [(40, "guided"), (300, "guided"), (301, "evolution"), (None, "evolution")],
+    [(40, "guided"), (61, "guided"), (300, "guided"), (301, "evolution"), (None, "evolution")],
 )
-def test_a_predictor_is_used_as_soon_as_it_is_registered(
-    monkeypatch: pytest.MonkeyPatch, evaluations: int | None, name: str
-) -> None:
-    assert choose(CHOICES, evaluations=evaluations).spec.name == "evolution"
-    for key, value in GUIDED.items():
-        monkeypatch.setitem(ALGORITHMS, key, value)
-    assert choose(CHOICES, evaluations=evaluations).spec.name == name
+def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, name: str) -> None:
+    without = choose(CHOICES, evaluations=evaluations, registered=lambda name: name != "guided")
+    assert without.spec.name == "evolution"
+    assert ("without a predictor" in without.reason) == (name == "guided")
+    spec = choose(CHOICES, evaluations=evaluations).spec
+    assert spec.name == name
+    later = name == "guided" and evaluations is not None and evaluations > 60
+    assert spec.options == ({"first_fit": 16} if later else {})
     assert choose(REALS, evaluations=evaluations).spec.name == "cma"
 
 
 # -- runs ---------------------------------------------------------------------------------------
 
 
-def test_on_choices_it_is_the_default_evolution_and_says_so() -> None:
+def test_on_few_choices_it_is_guided_and_says_so() -> None:
     result = sl.search(CHOICES, total, budget=40, seed=3)
-    named = sl.search(CHOICES, total, budget=40, seed=3, algorithm="evolution")
+    named = sl.search(CHOICES, total, budget=40, seed=3, algorithm="guided")
     assert result.records is not None
     assert named.records is not None
     assert result.records.trace() == named.records.trace()
-    assert named.meta["algorithm"] == {"search": "evolution"}
+    assert named.meta["algorithm"] == {"search": "guided"}
     (text,) = result.meta["algorithm"].values()
-    assert text == (
-        "evolution, chosen by auto: 40 evaluations of 6 choice elements, without a predictor"
-    )
+    assert text == "guided, chosen by auto: 40 evaluations of 6 choice elements"
     assert result.to_json()["algorithm"] == {"search": text}
 
 
-def test_a_larger_budget_does_not_change_the_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key, value in GUIDED.items():
-        monkeypatch.setitem(ALGORITHMS, key, value)
-
+def test_a_larger_budget_does_not_change_the_choice(tmp_path: Path) -> None:
     def searched(budget: int, folder: str) -> Result:
         return sl.search(CHOICES, total, budget=budget, name=folder, out=tmp_path / folder)
 
@@ -159,7 +151,7 @@ def test_a_larger_budget_does_not_change_the_choice(
     assert first.records is not None
     assert grown.records is not None
     assert fresh.records is not None
-    assert set(grown.records.origin) == {"random"}
+    assert "guided:vary" in grown.records.origin[40:]
     assert set(fresh.records.origin) == {"random", "vary"}
     assert grown.records.trace()[0][:40] == first.records.trace()[0]
 
@@ -182,11 +174,11 @@ def test_another_version_of_the_chosen_algorithm_is_refused() -> None:
     evaluator = sl.FunctionEvaluator(total, CHOICES)
     stage = sl.Stage("search", CHOICES, evaluator, sl.AlgorithmSpec("auto"), sl.Budget(30))
     config, store = SearchConfig((stage,)), MemoryRun("r")
-    assert settled(config, store).stages[0].algorithm.name == "evolution"
+    assert settled(config, store).stages[0].algorithm.name == "guided"
     notes = store.get_meta("auto")
-    notes["0"]["settings"]["n_random"] += 1
+    notes["0"]["settings"]["first_fit"] += 1
     store.set_meta("auto", notes)
-    with pytest.raises(StudyError, match="other settings of evolution"):
+    with pytest.raises(StudyError, match="other settings of guided"):
         settled(config, store)
 
 
@@ -206,7 +198,7 @@ def test_the_choice_is_the_first_line_of_the_progress() -> None:
     sl.search(CHOICES, total, budget=20, callbacks=[heard.append, ProgressLine(out)])
     assert {progress.chosen for progress in heard} == {heard[0].chosen}
     assert out.getvalue().splitlines()[0] == f"search: {heard[0].chosen}"
-    assert heard[0].chosen.startswith("evolution, chosen by auto: ")
+    assert heard[0].chosen.startswith("guided, chosen by auto: ")
     quiet = io.StringIO()
     sl.search(CHOICES, total, budget=20, algorithm="random", callbacks=[ProgressLine(quiet)])
     assert "random" not in quiet.getvalue()
@@ -230,7 +222,7 @@ def test_the_command_line_says_what_was_chosen(
     command = f"{sys.executable} {tmp_path / 'score.py'} {{plan}} {{out}}"
     given = ["run", "command", "--space", "space.yaml", "--command", command]
     given += ["--objective", "loss:min", "--baseline", "known.json", "--budget", "6"]
-    text = "evolution, chosen by auto: 6 evaluations of 4 choice elements"
+    text = "guided, chosen by auto: 6 evaluations of 4 choice elements"
 
     assert main([*given, "--name", "a", "--dry-run"]) == 0
     printed = capsys.readouterr().out

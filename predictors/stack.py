@@ -1,0 +1,141 @@
+"""`stack`: a weighted mean of predictors, weighed by what they say of labels they did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from searchlab.errors import ConfigError
+from searchlab.predictors.base import BasePredictor, State, part_of
+from searchlab.predictors.boosted import Boosted
+from searchlab.predictors.forest import Forest
+from searchlab.predictors.gp import GaussianProcess
+from searchlab.predictors.preprocess import Features
+from searchlab.predictors.ridge import Ridge
+
+__all__ = ["Stack"]
+
+Floats = NDArray[np.float64]
+
+FOLDS = 5
+_BELIEF = {"gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}  # weights before any label is seen
+_WORTH = 60.0  # labels that this belief is worth
+
+
+def _member(name: str) -> BasePredictor:
+    made: dict[str, Any] = {
+        "gp": GaussianProcess,
+        "ridge": Ridge,
+        "rf": lambda: Forest(trees=100),
+        "gbdt": lambda: Boosted(trees=200, rate=0.06, judged=False),
+    }
+    member: BasePredictor = made[name]()
+    return member
+
+
+class Stack(BasePredictor):
+    """The default: `gp`, `gbdt`, `ridge` and `rf` with signals as inputs, joined.
+
+    The weights are those that fit best what the members say of labels in five left-out folds, none
+    negative, mixed with a fixed belief that counts as much as `_WORTH` labels. The standard
+    deviation joins the members' own and their disagreement, scaled so that it fits the left-out
+    labels.
+
+    Without its data, a folder holds all members but `gp`; the others' weights are then raised.
+
+    Args:
+        members: names among gp, gbdt, ridge and rf.
+    """
+
+    name: ClassVar[str] = "stack"
+
+    def __init__(self, *, members: Sequence[str] = tuple(_BELIEF)) -> None:
+        super().__init__()
+        unknown = [name for name in members if name not in _BELIEF]
+        if unknown or not members or len(set(members)) < len(members):
+            raise ConfigError(
+                f"members {list(members)} of a stack; allowed: one or more of {list(_BELIEF)}"
+            )
+        self.members = {name: _member(name) for name in members}
+        self.weights = self._belief()
+        self._scale = 1.0
+
+    def _belief(self) -> Floats:
+        belief = np.array([_BELIEF[name] for name in self.members])
+        out: Floats = belief / belief.sum()
+        return out
+
+    def _learn(self, features: Features, targets: Floats, seed: int) -> None:
+        n, members = len(targets), self.members.values()
+        for member in members:
+            member._learn(features, targets, seed)
+        self.weights, self._scale = self._belief(), 1.0
+        if n < 2 * FOLDS or not np.ptp(targets):
+            return
+        order = np.random.default_rng(seed).permutation(n)
+        folds = [np.sort(order[fold::FOLDS]) for fold in range(FOLDS)]
+        said = np.stack([m.left_out(features, targets, folds, seed) for m in members], axis=1)
+        found = nnls(said, targets)[0]
+        if found.sum() > 0:
+            trust = n / (n + _WORTH)
+            self.weights = trust * found / found.sum() + (1 - trust) * self.weights
+        # As many labels' worth of belief that the members' own sd is right.
+        errors = (said @ self.weights - targets) ** 2
+        _, sd = self._scores(features)
+        ratio = (errors / np.maximum(sd, 1e-9) ** 2).sum()
+        self._scale = float(np.sqrt((ratio + 10.0) / (n + 10.0)))
+
+    def _said(self, features: Features) -> tuple[Floats, Floats]:
+        """Means and standard deviations of each member, (m, n) each."""
+        said = [member._scores(features) for member in self.members.values()]
+        return np.stack([mean for mean, _ in said]), np.stack([sd for _, sd in said])
+
+    def _scores(self, features: Features) -> tuple[Floats, Floats]:
+        means, sds = self._said(features)
+        mean = self.weights @ means
+        variance = self.weights @ (sds**2 + (means - mean) ** 2)
+        return mean, self._scale * np.sqrt(variance)
+
+    def _draw(self, features: Features, u: Floats) -> Floats:
+        """The mean, moved as one member's draw is; each draw takes a member by its weight."""
+        u = np.asarray(u, dtype=np.float64)
+        mean = self._scores(features)[0]
+        out = np.empty((len(u), len(features)))
+        which = np.searchsorted(np.cumsum(self.weights)[:-1], u[:, 0], side="right")
+        for at, member in enumerate(self.members.values()):
+            rows = which == at
+            if rows.any():
+                moved = member._draw(features, u[rows]) - member._scores(features)[0]
+                out[rows] = mean + self._scale * moved
+        return out
+
+    def _model_state(self, *, with_data: bool) -> State:
+        kept = [name for name, m in self.members.items() if with_data or not m.keeps_data]
+        if not kept:
+            raise ConfigError(
+                f"members {list(self.members)} are their data; allowed: with_data, or more members"
+            )
+        weights = self.weights[[list(self.members).index(name) for name in kept]]
+        total = float(weights.sum())
+        config: dict[str, Any] = {
+            "members": kept,
+            "left_out": [name for name in self.members if name not in kept],
+            "weights": (weights / total if total > 0 else weights + 1 / len(kept)).tolist(),
+            "scale": self._scale,
+        }
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in kept:
+            config[name], named = self.members[name]._state()
+            arrays |= {f"{name}/{key}": array for key, array in named.items()}
+        return config, arrays
+
+    def _restore(self, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.members = {str(name): _member(name) for name in config["members"]}
+        self.weights = np.array(config["weights"], dtype=np.float64)
+        self._scale = float(config["scale"])
+        for name, member in self.members.items():
+            member._restore(config[name], part_of(arrays, name))

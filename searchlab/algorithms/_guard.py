@@ -1,0 +1,86 @@
+"""Whether a predictor may choose: rank correlations with intervals, and the rule on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Evidence", "correlation", "ranks", "trusts"]
+
+Floats = NDArray[np.float64]
+
+LEAST = 0.1  # correlation that the lower end of the held-out interval has to exceed
+_SIDE = 1.645  # 90 % intervals
+_SPREAD = 1.06  # variance of Fisher's z of a rank correlation, times n - 3
+_MOST = 0.999  # correlations beyond have no finite z
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A rank correlation (Spearman) of predictions with what then came, and its 90 % interval.
+
+    `n` counts the pairs. Without enough of them nothing is known: 0 between -1 and 1.
+    """
+
+    rho: float = 0.0
+    low: float = -1.0
+    high: float = 1.0
+    n: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rho": round(self.rho, 4),
+            "low": round(self.low, 4),
+            "high": round(self.high, 4),
+            "n": self.n,
+        }
+
+
+def ranks(values: Floats) -> Floats:
+    """Ranks from 0, float64 (n,); equal values share their mean rank, infinite ones too."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    shared: Floats = (last - (count + 1) / 2)[place.reshape(-1)]
+    return shared
+
+
+def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
+    """What batches of (predictions, losses) say together; each is ranked by itself.
+
+    Losses fall while a search goes on, and so does whatever follows their mean: comparing within
+    batches keeps that from passing for skill. Batches are joined by Fisher's z, weighted by size;
+    those of fewer than four pairs say nothing.
+    """
+    total = weights = 0.0
+    n = 0
+    for predictions, losses in batches:
+        known = np.isfinite(predictions) & ~np.isnan(losses)
+        if (weight := int(known.sum()) - 3) < 1:
+            continue
+        a, b = ranks(predictions[known]), ranks(losses[known])
+        a, b = a - a.mean(), b - b.mean()
+        size = float(np.sqrt((a @ a) * (b @ b)))
+        rho = float(a @ b) / size if size > 0 else 0.0
+        total += weight * float(np.arctanh(np.clip(rho, -_MOST, _MOST)))
+        weights += weight
+        n += weight + 3
+    if not n:
+        return Evidence()
+    z, half = total / weights, _SIDE * float(np.sqrt(_SPREAD / weights))
+    return Evidence(float(np.tanh(z)), float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+
+
+def trusts(held_out: Evidence, online: Evidence) -> bool:
+    """The rule: skill on labels held out is beyond doubt, and what was predicted came.
+
+    Args:
+        held_out: predictions of labels that the fit behind them had not seen.
+        online: the predictions stored with the latest batches before they were learnt from. Rows
+            that a predictor chose are alike, so that little correlation among them is no failure;
+            only a clearly reversed order is.
+    """
+    return held_out.low > LEAST and online.high >= 0

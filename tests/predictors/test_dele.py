@@ -1,0 +1,68 @@
+"""`dele`: the suite with each encoder, and what its two steps promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from searchlab.errors import ConfigError
+from searchlab.predictors.dele import Dele, _hinge
+from searchlab.predictors.encoders import Encoder, batch_of
+from searchlab.predictors.preprocess import Inputs
+from searchlab.testing.predictor import PredictorSuite, labelled, plain_space, tau
+
+
+class TestDele(PredictorSuite):
+    learns = 0.4
+
+    @pytest.fixture
+    def build(self):
+        return lambda: Dele(encoder="mlp", width=16, pretrain=10, epochs=30, rate=0.02)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "transformer"])
+def test_every_encoder_learns_and_is_kept(encoder: str, tmp_path) -> None:
+    table, losses = labelled(plain_space(), 60, signals=2)
+    fresh, _ = labelled(plain_space(), 50, first=1000, signals=2)
+    dele = Dele(encoder=encoder, width=16, pretrain=10, epochs=40, rate=0.01)
+    dele.fit(table, losses, seed=0)
+    assert tau(dele.rank(table), losses) > 0.6
+    dele.save(tmp_path)
+    assert np.array_equal(Dele.load(tmp_path, plain_space()).rank(fresh), dele.rank(fresh))
+
+
+def test_a_pool_with_signals_helps_few_labels() -> None:
+    table, losses = labelled(plain_space(), 12, signals=1)
+    pool, _ = labelled(plain_space(), 400, first=2000, signals=1)
+    fresh, truth = labelled(plain_space(), 200, first=1000, signals=1)
+    reached = []
+    for shown in (None, pool):
+        dele = Dele(encoder="mlp", width=32, pretrain=60, epochs=20, rate=0.005)
+        dele.fit(table, losses, seed=0, pool=shown)
+        reached.append(tau(dele.rank(fresh), truth))
+    assert reached[1] > reached[0] + 0.05
+
+
+def test_the_hinge_is_zero_for_a_right_order_and_counts_wrong_pairs() -> None:
+    truth = torch.tensor([0.0, 1.0, 2.0])
+    assert _hinge(truth, truth).item() == 0.0
+    assert _hinge(-truth, truth).item() == pytest.approx((1.1 + 1.1 + 2.1) / 3)
+    assert _hinge(truth, torch.zeros(3)).item() == 0.0
+
+
+def test_places_are_seen_by_every_encoder() -> None:
+    space = plain_space()
+    table, _ = labelled(space, 8)
+    batch = batch_of(Inputs(table)(table))
+    for kind in ("lstm", "transformer"):
+        torch.manual_seed(0)
+        net = Encoder(space, kind=kind, width=16)
+        turned = batch._replace(codes=batch.codes[:, [5, 4, 3, 2, 1, 0, 6, 7]])
+        assert not torch.allclose(net(batch), net(turned), atol=1e-3)
+
+
+def test_options_that_make_no_network_are_refused() -> None:
+    for wrong in ({"encoder": "gru"}, {"epochs": 0}, {"rate": 0.0}):
+        with pytest.raises(ConfigError, match="allowed"):
+            Dele(**wrong)
