@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -167,6 +168,15 @@ class Evolution(Algorithm):
     @cached_property
     def _variation_width(self) -> int:
         return self.variation.width(self.space)
+
+    def _basis(self) -> Hashable | None:
+        if type(self) is not Evolution:  # a subclass may draw in another way
+            return None
+        # All parents there may be: a candidate that was told never changes.
+        filled = [(value, pool) for value, pool in self._pools.items() if len(pool.ids)]
+        return tuple(
+            [(value, pool.ids[: self._parent_count(pool)].tobytes()) for value, pool in filled]
+        )
 
     def _learn(self, told: Told) -> None:
         if self.niche is None:
