@@ -72,6 +72,11 @@ class _Pool:
 
     def merge(self, told: Told, rows: NDArray[np.int64], limit: int) -> None:
         self.told += len(rows)
+        if len(rows) == 1 and len(self.ids) == limit:
+            row = rows[0]
+            one = float(told.violation[row]), float(told.losses[row, 0])
+            if not one <= (float(self.violation[-1]), float(self.loss[-1])):  # or NaN
+                return
         v, f = told.violation[rows], told.losses[rows, 0]
         may = np.isfinite(f)
         if len(self.ids) == limit:
