@@ -87,20 +87,21 @@ def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDAr
 def uniforms_of(seed: int, purpose: int, ids: NDArray[np.int64], width: int) -> NDArray[np.float64]:
     """Uniforms of increasing ids that need not be neighbours; rows are those of `uniforms`."""
     n = len(ids)
-    if n == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
+    if n == 0 or width == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
         return uniforms(seed, purpose, int(ids[0]) if n else 0, n, width)
-    span = int(ids[-1]) - int(ids[0]) + 1
-    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), n]
-    if (span - n) * width <= _JUMP * len(
-        breaks
-    ):  # drawing the gaps too is quicker than jumping over them
-        every = uniforms(seed, purpose, int(ids[0]), span, width)
-        rows: NDArray[np.float64] = every[ids - ids[0]]
-        return rows
     blocks = -(-width // _WORDS_PER_BLOCK)
-    words = np.empty((n, blocks * _WORDS_PER_BLOCK))
+    wide = blocks * _WORDS_PER_BLOCK
+    words = np.empty((n, wide))
+    # Short gaps are drawn too and left out.
+    breaks = [0, *(np.flatnonzero(np.diff(ids) > 1 + _JUMP // wide) + 1).tolist(), n]
     for start, stop in itertools.pairwise(breaks):
-        _stream.at(seed, purpose, int(ids[start]) * blocks).random(out=words[start:stop])
+        first, last = int(ids[start]), int(ids[stop - 1])
+        generator = _stream.at(seed, purpose, first * blocks)
+        if last - first == stop - start - 1:
+            generator.random(out=words[start:stop])
+        else:
+            every = generator.random((last - first + 1) * wide).reshape(-1, wide)
+            every.take(ids[start:stop] - first, axis=0, out=words[start:stop])
     return words[:, :width]
 
 
