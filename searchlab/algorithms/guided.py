@@ -13,7 +13,7 @@ from searchlab.algorithms._ladder import Ladder
 from searchlab.algorithms._learner import Guard, Learner
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, SpaceError
 from searchlab.evaluator import Signal
 from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
@@ -248,7 +248,7 @@ class Guided(Algorithm):
         """Candidates that nothing was measured of."""
         if self._background is None:
             u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
-            self._background = self._plain_table(self.space.sample(u))
+            self._background = self._plain_table(_sampled(self.space, u))
         return self._background
 
     def _unproven(self, before: int) -> Table:
@@ -344,6 +344,19 @@ class Guided(Algorithm):
             parents=parents,
         )
 
+    def _part(self, i: int, u: NDArray[np.float64], strength: float) -> list[Draw]:
+        """The wrapped algorithm's candidates for rows of uniforms, without those beyond repair."""
+        if not len(u):
+            return []
+        try:
+            part = self.inner._draw(np.full(len(u), i, dtype=np.int64), u, strength)
+        except SpaceError:
+            if len(u) == 1:
+                return []
+            half = len(u) // 2
+            return [*self._part(i, u[:half], strength), *self._part(i, u[half:], strength)]
+        return [] if part is None else [part]
+
     def _drawn(self, i: int) -> Draw | None:
         """The pool of an id."""
         width = self.inner._cached_width
@@ -353,10 +366,7 @@ class Guided(Algorithm):
         for strength, share in STRENGTHS:
             whole += share
             stop = round(self.pool * whole)
-            ids = np.full(stop - start, i, dtype=np.int64)
-            part = self.inner._draw(ids, u[start:stop], strength) if len(ids) else None
-            if part is not None:
-                parts.append(part)
+            parts += self._part(i, u[start:stop], strength)
             start = stop
         if not parts:
             return None
@@ -365,6 +375,17 @@ class Guided(Algorithm):
             [text for part in parts for text in part.origin],
             np.concatenate([part.parents for part in parts]),
         )
+
+
+def _sampled(space: Space, u: NDArray[np.float64]) -> Population:
+    """Candidates of the space; rows whose repair fails are left out."""
+    try:
+        return space.sample(u)
+    except SpaceError:
+        if len(u) == 1:
+            return space.empty()
+        half = len(u) // 2
+        return Population.concat([_sampled(space, u[:half]), _sampled(space, u[half:])])
 
 
 def _static(signals: Sequence[Signal]) -> tuple[Signal, ...]:
