@@ -215,7 +215,8 @@ class FlashEval(TableEvaluator):
 
     def truth(self) -> NDArray[np.float64]:
         """Means over all prompts, float64 (settings,), in the order of the table's rows."""
-        return self._block_means(len(self.prompt_ids), 0)[0].copy()
+        mean: NDArray[np.float64] = self._block_means(len(self.prompt_ids), 0)[0].copy()
+        return mean
 
 
 def _of(metric: str, number: int) -> str:

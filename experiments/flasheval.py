@@ -21,6 +21,7 @@ __all__ = ["RECIPE", "FlashEvalOptions"]
 LISTED = ("listed", "paired_race")  # they are given all settings
 BLOCK = "100"  # prompts of a race's blocks
 FEWEST_BLOCKS = 3
+EVALUATIONS = 40
 
 
 def _option(default: Any, text: str) -> Any:
@@ -77,11 +78,12 @@ def build(options: FlashEvalOptions) -> SearchConfig:
         pilot=options.pilot,
         seed=options.seed,
     )
-    seeds, limit = None, 40 if options.budget is None else options.budget
+    seeds, limit = None, options.budget
     if options.algorithm in LISTED:
         every = evaluator.space.enumerate()
         seeds = Seeds(every, tuple(f"seed:{number}" for number in range(len(every))))
-        limit = options.budget  # None: until the list is through
+    elif limit is None:  # a list ends by itself
+        limit = EVALUATIONS
     algorithm_options = {}
     if options.algorithm == "paired_race":  # no prompt twice, as blocks are to be independent
         blocks = len(evaluator.prompt_ids) // evaluator.prompts[-1]
