@@ -23,6 +23,7 @@ __all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_
 RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
     "command": "searchlab.experiments.command:RECIPE",
+    "flasheval": "searchlab.experiments.flasheval:RECIPE",
     "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
     "table": "searchlab.experiments.table:RECIPE",
