@@ -23,6 +23,7 @@ from searchlab.recipes import Recipe
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
     from searchlab.config import AlgorithmSpec, Budget, SearchConfig
+    from searchlab.evaluators.schedule_signals import CheapSignals
     from searchlab.report import Section
     from searchlab.result import Result
     from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
@@ -273,6 +274,7 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
             samples, held_out = (64, options.samples or 256), options.held_out or 2000
     counts: tuple[int, ...] = samples if samples[0] < samples[1] else samples[1:]
     space = SolverScheduleSpace(problem.noise, within)
+    known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
     evaluator = SamplingEvaluator(
         space,
         problem,
@@ -281,9 +283,24 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
         samples=counts,
         held_out=held_out,
         seed=options.data_seed,
+        cheap=_cheap(space, known, counts[-1]),
     )
-    known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
     return _Room(space, evaluator, known, screened=len(counts) > 1)
+
+
+def _cheap(space: SolverScheduleSpace, known: Seeds, truth: int) -> CheapSignals | None:
+    """Signals of few samples; None where an evaluation is hardly more."""
+    import numpy as np
+
+    from searchlab.evaluators.schedule_signals import TRIED, CheapSignals
+
+    samples = max(32, truth // 16)
+    if truth < 3 * samples:
+        return None
+    plain = [row for row, origin in enumerate(known.origin) if origin.startswith("baseline:")]
+    rows = np.unique(np.linspace(0, len(plain) - 1, TRIED).round().astype(int))
+    panel = space.plans(known.population.take([plain[row] for row in rows.tolist()]))
+    return CheapSignals(tuple(panel), samples)
 
 
 def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:
