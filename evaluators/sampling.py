@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -150,6 +150,7 @@ class SamplingEvaluator:
     remember: bool = True
     cheap: CheapSignals | None = None
     work: Work = field(default_factory=Work)
+    remembers: ClassVar[bool] = True  # static signals: asking again costs nothing
 
     def __post_init__(self) -> None:
         if self.objective not in ("rmse", "fd", "kid"):
