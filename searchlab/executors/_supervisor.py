@@ -154,6 +154,14 @@ class Supervisor:
             self._tasks.append(task)
         self._wake()
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back the tasks that no worker has."""
+        with self._lock:
+            chunks = [task.chunk for task in self._tasks]
+            self._tasks.clear()
+            self.open -= len(chunks)
+        return chunks
+
     def stop(self) -> None:
         """Ends all workers, whatever they are doing; returns when they are gone."""
         self._stopping = True
