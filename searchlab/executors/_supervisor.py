@@ -211,6 +211,14 @@ class Supervisor:
         while self._look_wanted and self._thread.is_alive():
             self._looked.wait(TICK)
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back the tasks that no worker has."""
+        with self._lock:
+            chunks = [task.chunk for task in self._tasks]
+            self._tasks.clear()
+            self.open -= len(chunks)
+        return chunks
+
     def stop(self) -> None:
         """Ends all workers, whatever they are doing; returns when they are gone."""
         self._stopping = True

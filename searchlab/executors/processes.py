@@ -148,6 +148,12 @@ class ProcessExecutor:
             out.append(item)
         return out
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back what was submitted and no worker has begun, or has to begin again."""
+        chunks = [] if self._supervisor is None else self._supervisor.withdraw()
+        self._open -= len(chunks)
+        return chunks
+
     def usage(self) -> Usage:
         """How busy the workers were so far."""
         supervisor = self._supervisor
