@@ -49,6 +49,7 @@ from searchlab.executors import (
     ExecutorOptions,
     LocalExecutor,
     ProcessExecutor,
+    RayExecutor,
     usage_of,
 )
 from searchlab.final import FINAL_STAGE, Contender, contenders
@@ -503,7 +504,7 @@ def search(
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
-    if isinstance(executor, ProcessExecutor):
+    if isinstance(executor, ProcessExecutor | RayExecutor):
         executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
         return run(config, executor=executor, callbacks=callbacks)
