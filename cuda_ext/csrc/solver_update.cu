@@ -18,21 +18,47 @@ struct Step {
   int n_inputs, n_outputs;
 };
 
+// Four elements as one word of 16 or 8 bytes.
+template <std::size_t Bytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+
 template <typename T, int V>
 __device__ __forceinline__ void take(const void* from, std::int64_t at, float (&x)[V]) {
-  T values[V];
-  memcpy(values, __builtin_assume_aligned(static_cast<const T*>(from) + at, sizeof(T) * V),
-         sizeof(T) * V);
+  const T* source = static_cast<const T*>(from) + at;
+  if constexpr (V == 1) {
+    x[0] = widen(*source);
+  } else {
+    using Wide = typename Word<sizeof(T) * V>::type;
+    const Wide word = *reinterpret_cast<const Wide*>(source);
+    T values[V];
+    memcpy(values, &word, sizeof(word));
 #pragma unroll
-  for (int v = 0; v < V; ++v) x[v] = widen(values[v]);
+    for (int v = 0; v < V; ++v) x[v] = widen(values[v]);
+  }
 }
 
 template <typename T, int V>
 __device__ __forceinline__ void put(void* to, std::int64_t at, const float (&x)[V]) {
-  T values[V];
+  T* target = static_cast<T*>(to) + at;
+  if constexpr (V == 1) {
+    *target = Narrow<T>::of(x[0]);
+  } else {
+    using Wide = typename Word<sizeof(T) * V>::type;
+    T values[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) values[v] = Narrow<T>::of(x[v]);
-  memcpy(__builtin_assume_aligned(static_cast<T*>(to) + at, sizeof(T) * V), values, sizeof(T) * V);
+    for (int v = 0; v < V; ++v) values[v] = Narrow<T>::of(x[v]);
+    Wide word;
+    memcpy(&word, values, sizeof(word));
+    *reinterpret_cast<Wide*>(target) = word;
+  }
 }
 
 template <int O, int V>
