@@ -42,7 +42,6 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         metavar="N",
         help="of a call whose worker died or was too slow (3 and 1)",
     )
-<<<<<<< HEAD
     group.add_argument(
         "--stop-grace",
         type=float,
@@ -51,9 +50,7 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         help="that evaluations have to finish after Ctrl-C, SIGTERM or SIGUSR1 "
         f"({GRACE_S:g}); a second signal stops at once",
     )
-=======
     _add_cluster_flags(parser.add_argument_group("workers of executor ray"))
->>>>>>> ray6
     opened = "fixed when the run is opened"
     if "lag" not in taken:
         text = f"evaluations open at once, or free; {opened} (2 per worker)"
