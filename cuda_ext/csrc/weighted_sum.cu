@@ -341,8 +341,7 @@ int run(const Call& call, void* const* outputs, int rows, std::int64_t n, bool t
     // Three matrix products per coefficient still wait for memory; for few rows they gain nothing.
     while (tensor_cores && rows - row > 8 && n >= 64) {
       const int now = rows - row >= kMaxOutputs ? kMaxOutputs : rows - row;
-      const int error = now > 16 ? launch_matrix<In, Out, 2>(call, outputs, row, now, n / 64)
-                                 : launch_matrix<In, Out, 1>(call, outputs, row, now, n / 64);
+      const int error = launch_matrix<In, Out, 2>(call, outputs, row, now, n / 64);
       if (error) return error;
       const std::int64_t done = n / 64 * 64;
       const int tail = scalar_rows<In, Out, 1>(call, outputs, row, now, done, n);
