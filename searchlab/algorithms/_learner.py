@@ -130,7 +130,7 @@ class Learner:
         predictor = self._fit(table, losses, pool)
         if self._guard == "measured":
             said = self._held_out(predictor, table, losses, told.ids, pool)
-            held_out = correlation([(said, losses)])
+            held_out = correlation([(said, losses)], values=True)
             batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
             latest = (batch > 0) & (batch >= len(counts) - BATCHES)
             online = self._online(told, losses, np.where(latest, batch, 0))

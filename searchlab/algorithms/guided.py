@@ -191,7 +191,7 @@ class Guided(Algorithm):
         states = [note.get("state") or {} for note in (result.meta.get("proposals") or {}).values()]
         return [
             f"predictor {state['predictor']}: {state['guard']} after {state['labels']} labels "
-            f"(rank correlation {state['held_out']['rho']:.2f} with those held out)."
+            f"(correlation {state['held_out']['rho']:.2f} with those held out)."
             for state in states
             if "guard" in state
         ]
