@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,12 +14,13 @@ from searchlab.algorithms._ladder import Ladder
 from searchlab.algorithms._learner import Guard, Learner
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, SpaceError
 from searchlab.evaluator import Signal
 from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
 from searchlab.space import Space
 from searchlab.uniforms import POOL, uniforms
+from searchlab.variables import Choice
 
 if TYPE_CHECKING:
     from searchlab.result import Result
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Guided", "StaticSignals"]
 
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
+MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
 
@@ -59,7 +62,9 @@ class Guided(Algorithm):
         space, seed, first_id, seeds: see `Algorithm`.
         wraps: name of an algorithm for one objective that gives all uniforms of an id their say.
         options: of that algorithm.
-        predictor: name of a predictor.
+        predictor: name of a predictor; None = `stack` where there are signals or cheap fidelities,
+            which come with costly evaluations, `ridge` for choices of `MANY` elements and more,
+            whose parts mostly add up, and `gp` for the rest.
         predictor_options: of that predictor.
         first_fit: labels of the first fit.
         pool: candidates that are ranked for a job.
@@ -84,7 +89,7 @@ class Guided(Algorithm):
         seeds: Seeds | None = None,
         wraps: str = "evolution",
         options: Mapping[str, Any] | None = None,
-        predictor: str = "ridge",
+        predictor: str | None = None,
         predictor_options: Mapping[str, Any] | None = None,
         first_fit: int = 12,
         pool: int = 1000,
@@ -104,16 +109,15 @@ class Guided(Algorithm):
         self.first_fit, self.pool = first_fit, pool
         self.signals = signals
         self._of = () if signals is None else _static(signals.signals)
-        self._predictor = predictor
-        self._predictor_options = dict(predictor_options or {})
-        self._factory = resolve(PREDICTORS, predictor, "predictor")
-        self._new_predictor()  # wrong options are found before anything is paid
         self._chosen_ids: set[int] = set()
-        self._background: Table | None = None
         own = first_id + len(self.seeds.population)
         alone = guard == "never" or self.quantum > 1 or self.max_lag is not None
         self.ladder = Ladder.of(fidelities, own=own) if not alone else None
         self.levels = self.ladder is not None
+        self._predictor = predictor or self._fitting_predictor()
+        self._predictor_options = dict(predictor_options or {})
+        self._factory = resolve(PREDICTORS, self._predictor, "predictor")
+        self._new_predictor()  # wrong options are found before anything is paid
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 
@@ -134,6 +138,12 @@ class Guided(Algorithm):
             )
         return inner
 
+    def _fitting_predictor(self) -> str:
+        if self._of or self.ladder is not None:
+            return "stack"
+        choices = all(isinstance(variable, Choice) for variable in self.space.variables.values())
+        return "ridge" if choices and self.space.size >= MANY else "gp"
+
     def _new_predictor(self) -> Predictor:
         try:
             made: Predictor = self._factory(**self._predictor_options)
@@ -146,7 +156,7 @@ class Guided(Algorithm):
         return Learner(
             self._new_predictor,
             self._table if level == 0 else self._plain_table,
-            self._unproven if level == 0 else self._any,
+            self._unproven if level == 0 else lambda before: self._unseen,
             seed=self.seed,
             level=level,
             first_fit=self.first_fit,
@@ -181,7 +191,7 @@ class Guided(Algorithm):
         states = [note.get("state") or {} for note in (result.meta.get("proposals") or {}).values()]
         return [
             f"predictor {state['predictor']}: {state['guard']} after {state['labels']} labels "
-            f"(rank correlation {state['held_out']['rho']:.2f} with those held out)."
+            f"(correlation {state['held_out']['rho']:.2f} with those held out)."
             for state in states
             if "guard" in state
         ]
@@ -244,19 +254,22 @@ class Guided(Algorithm):
             directions=(*table.directions, *(("min",) * len(names))),
         )
 
-    def _any(self, before: int) -> Table:
+    @cached_property
+    def _random(self) -> Population:
+        u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
+        return _sampled(self.space, u)
+
+    @cached_property
+    def _unseen(self) -> Table:
         """Candidates that nothing was measured of."""
-        if self._background is None:
-            u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
-            self._background = self._plain_table(self.space.sample(u))
-        return self._background
+        return self._plain_table(self._random)
 
     def _unproven(self, before: int) -> Table:
         """Candidates as they wait for the truth at an id: measured cheaply where that is done."""
-        cheap = None
-        if self.ladder is not None:
-            cheap = self.ladder.measured(0, before, BACKGROUND)
-        return self._any(before) if cheap is None else self._table(cheap)
+        if self.ladder is None:
+            return self._unseen
+        cheap = self.ladder.measured(0, before, BACKGROUND)
+        return self._table(self._random if cheap is None else cheap)
 
     # -- proposing --------------------------------------------------------------------------
 
@@ -325,8 +338,10 @@ class Guided(Algorithm):
         first = int(waiting.ids[row])
         candidate = waiting.population.take([row])
         jobs = self._job(i, candidate, waiting.keys[row], "promoted", np.array([[first, first]]))
-        learner = self.top if level == ladder.top else None
-        jobs = jobs if learner is None else learner.noted(jobs)
+        if level == ladder.top:
+            jobs = self.top.noted(jobs)
+        else:
+            jobs = replace(jobs, predicted=np.full((1, 2), np.nan))
         return replace(jobs, fidelity=ladder.at[level])
 
     def _job(
@@ -344,6 +359,19 @@ class Guided(Algorithm):
             parents=parents,
         )
 
+    def _part(self, i: int, u: NDArray[np.float64], strength: float) -> list[Draw]:
+        """The wrapped algorithm's candidates for rows of uniforms, without those beyond repair."""
+        if not len(u):
+            return []
+        try:
+            part = self.inner._draw(np.full(len(u), i, dtype=np.int64), u, strength)
+        except SpaceError:
+            if len(u) == 1:
+                return []
+            half = len(u) // 2
+            return [*self._part(i, u[:half], strength), *self._part(i, u[half:], strength)]
+        return [] if part is None else [part]
+
     def _drawn(self, i: int) -> Draw | None:
         """The pool of an id."""
         width = self.inner._cached_width
@@ -353,10 +381,7 @@ class Guided(Algorithm):
         for strength, share in STRENGTHS:
             whole += share
             stop = round(self.pool * whole)
-            ids = np.full(stop - start, i, dtype=np.int64)
-            part = self.inner._draw(ids, u[start:stop], strength) if len(ids) else None
-            if part is not None:
-                parts.append(part)
+            parts += self._part(i, u[start:stop], strength)
             start = stop
         if not parts:
             return None
@@ -365,6 +390,17 @@ class Guided(Algorithm):
             [text for part in parts for text in part.origin],
             np.concatenate([part.parents for part in parts]),
         )
+
+
+def _sampled(space: Space, u: NDArray[np.float64]) -> Population:
+    """Candidates of the space; rows whose repair fails are left out."""
+    try:
+        return space.sample(u)
+    except SpaceError:
+        if len(u) == 1:
+            return space.empty()
+        half = len(u) // 2
+        return Population.concat([_sampled(space, u[:half]), _sampled(space, u[half:])])
 
 
 def _static(signals: Sequence[Signal]) -> tuple[Signal, ...]:
