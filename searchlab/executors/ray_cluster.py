@@ -107,6 +107,13 @@ class Cluster:
             self._connect(ray)
             self._own = True
         self._head = split_address(ray.get_runtime_context().gcs_address)
+        given = _given(self.address)
+        if given is not None and not _same(given, self._head):
+            shown = ":".join(map(str, self._head))
+            raise ConfigError(
+                f"address {self.address!r}; this process is connected to the cluster at {shown} "
+                "already, and no other is allowed until ray.shutdown()"
+            )
         if self.address == "auto":
             check_token(self._head[0])
 
@@ -299,6 +306,16 @@ def check_head(where: tuple[str, int]) -> None:
 
 def _given(address: str | None) -> tuple[str, int] | None:
     return None if address in (None, "auto") else split_address(str(address))
+
+
+def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses mean one place."""
+    if one[1] != other[1]:
+        return False
+    try:
+        return one == other or socket.gethostbyname(one[0]) == socket.gethostbyname(other[0])
+    except OSError:
+        return False
 
 
 def _countable(resources: Mapping[str, float]) -> dict[str, float]:
