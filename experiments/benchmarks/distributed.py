@@ -248,7 +248,8 @@ def _cheap(journal: Journal, mean: float, budget: int, least: float, chunk: int)
     searching = RayExecutor(workers=2, cpus=0.01)
     config = _config(evaluator, budget, quantum=10 * chunk, chunk=chunk, lag=50 * chunk)
     records = _records(config, searching)
-    through = len(records) / searching.usage().wall_s
+    wall = float(records.finished.max() - records.started.min())
+    through = len(records) / wall
     rate = budget / seconds
     quick = bool(journal.options.quick)
     journal.case(
