@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from searchlab.errors import ConfigError
+from searchlab.interruption import GRACE_S
 
 if TYPE_CHECKING:
     from searchlab.config import SearchConfig
@@ -40,6 +41,14 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         type=int,
         metavar="N",
         help="of a call whose worker died or was too slow (3 and 1)",
+    )
+    group.add_argument(
+        "--stop-grace",
+        type=float,
+        default=GRACE_S,
+        metavar="SECONDS",
+        help="that evaluations have to finish after Ctrl-C, SIGTERM or SIGUSR1 "
+        f"({GRACE_S:g}); a second signal stops at once",
     )
     _add_cluster_flags(parser.add_argument_group("workers of executor ray"))
     opened = "fixed when the run is opened"

@@ -58,6 +58,7 @@ ALGORITHMS: dict[str, str] = {
     "random": "searchlab.algorithms.simple:Random",
     "regularised_evolution": "searchlab.algorithms.aging:RegularisedEvolution",
     "separable": "searchlab.algorithms.separable:Separable",
+    "staged": "searchlab.algorithms.staged:Staged",
     "successive_halving": "searchlab.algorithms.halving:SuccessiveHalving",
     "tpe": "searchlab.algorithms.optuna:TPE",
 }
@@ -73,6 +74,7 @@ PREDICTORS: dict[str, str] = {
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",
+    "steps": "searchlab.predictors.steps:Steps",
 }
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
