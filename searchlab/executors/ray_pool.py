@@ -180,6 +180,13 @@ class Pool:
         self.open += 1
         self._tasks.append(Task(chunk))
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back the chunks that no worker has."""
+        chunks = [task.chunk for task in self._tasks]
+        self._tasks.clear()
+        self.open -= len(chunks)
+        return chunks
+
     def step(self, timeout: float) -> None:
         """Feeds the workers, then hears what they say for at most so many seconds.
 
