@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import process_tools
 from process_tools import mixed_space
 
+import searchlab
 from searchlab._executor_flags import add_flags, executor_options
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.errors import ConfigError, DataError, EvaluationError
@@ -262,6 +263,15 @@ def test_what_cannot_be_set_up_names_its_node(cluster: str) -> None:
             executor.start((evaluator,))
         assert f"node {host} (" in str(caught.value)
         assert executor.pids() == []
+
+
+def test_another_version_of_searchlab_on_a_node_is_named(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = searchlab.__version__
+    monkeypatch.setattr(searchlab, "__version__", "99.1")
+    with pytest.raises(ConfigError, match=rf"cannot start: searchlab {there}, 99\.1 here"):
+        RayExecutor(workers=1, address=cluster).start(evaluators())
 
 
 def test_evaluators_that_do_not_suit_are_named(cluster: str) -> None:

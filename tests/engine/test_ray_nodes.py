@@ -15,6 +15,7 @@ import process_tools
 from process_tools import mixed_space, start
 
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.errors import ConfigError, SearchlabWarning
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import Executor, LocalExecutor, RayExecutor
 from searchlab.loop import Callback, Progress
@@ -48,12 +49,18 @@ print(result.meta["status"], hash(result.records.trace()))
 """
 
 
-def test_nodes_come_and_go_and_the_head_is_lost(tmp_path: Path) -> None:
+def test_nodes_come_and_go_and_the_head_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = trace_of(LocalExecutor())
     with ray_nodes.head(cpus=0) as (address, head):
+        with monkeypatch.context() as other:
+            other.setattr("ray.__version__", "2.0.0")
+            with pytest.raises(ConfigError, match=r"runs other versions: .*2\.0\.0"):
+                RayExecutor(address=address).start((FunctionEvaluator(abs, mixed_space()),))
         first = ray_nodes.Node("--num-cpus", "1", address=address)
-        nodes = [first.wait()]
-        executor = RayExecutor(address=address)
+        nodes = [first]
+        executor = RayExecutor(address=address, missing="wait")
         sizes: list[int] = []
 
         def change(progress: Progress) -> None:
@@ -66,7 +73,8 @@ def test_nodes_come_and_go_and_the_head_is_lost(tmp_path: Path) -> None:
                 time.sleep(0.05)
 
         try:
-            assert trace_of(executor, change) == wanted
+            with pytest.warns(SearchlabWarning, match="waiting: a worker needs CPU 1"):
+                assert trace_of(executor, change) == wanted
             assert sizes[0] == 1
             assert max(sizes) == 3
             assert first.process.poll() is not None
