@@ -3,8 +3,8 @@
     python -m searchlab.experiments.benchmarks.solver_schedule_guided [--quick] [--check] [--out F]
         [--folder F] [--minutes M] [--problem mixture|digits]
 
-Plain evolution has its whole budget of true evaluations, the recipe's default (`guided` with
-signals) at most 40 % of it. Both begin at the same known points, on the same noise, and end with
+Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided` at
+most 40 % of it. Both begin at the same known points, on the same noise, and end with
 the same selection; a ratio is the held-out error of the one's winner over that of the other's,
 below 1 where fewer evaluations gave more. Seconds are those of whole runs: known points, reference
 solutions, signals, fits, search, selection and report. `model_rows` counts the samples that the
@@ -42,7 +42,7 @@ from searchlab.search import run
 from searchlab.study import MemoryRun
 
 Problem = Literal["mixture", "digits"]
-Who = Literal["plain", "default"]
+Who = Literal["plain", "guided"]
 
 SHARE = 0.4
 NAMES = ("few", "typical", "path", "truncation")
@@ -77,7 +77,7 @@ class Case:
     def options(self, who: Who, seed: int) -> SolverScheduleOptions:
         budget = self.budget if who == "plain" else int(SHARE * self.budget)
         return SolverScheduleOptions(
-            preset=who,
+            preset="default" if who == "plain" else "guided",
             problem=self.problem,
             nfe=str(self.nfe),
             budget=budget,
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         if options.problem not in (None, case.problem):
             continue
-        found: dict[Who, list[dict[str, Any]]] = {"plain": [], "default": []}
+        found: dict[Who, list[dict[str, Any]]] = {"plain": [], "guided": []}
         for seed in case.seeds:
             for who, into in found.items():
                 late = options.minutes and time.perf_counter() - started > 60 * options.minutes
@@ -201,7 +201,7 @@ def _kept(folder: Path | None, case: Case, who: Who, seed: int, *, go: bool) -> 
 
 
 def _report(journal: Journal, case: Case, found: dict[Who, list[dict[str, Any]]]) -> None:
-    plain, guided = found["plain"], found["default"]
+    plain, guided = found["plain"], found["guided"]
     ratios = [g["held_out"] / p["held_out"] for g, p in zip(guided, plain, strict=True)]
     times = {
         kind: [g["seconds"][kind] / p["seconds"][kind] for g, p in zip(guided, plain, strict=True)]
