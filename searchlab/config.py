@@ -65,6 +65,7 @@ ALGORITHMS: dict[str, str] = {
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
     "processes": "searchlab.executors.processes:ProcessExecutor",
+    "ray": "searchlab.executors.ray:RayExecutor",
 }
 PREDICTORS: dict[str, str] = {
     "dele": "searchlab.predictors.dele:Dele",

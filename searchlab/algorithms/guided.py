@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -109,7 +110,6 @@ class Guided(Algorithm):
         self._factory = resolve(PREDICTORS, predictor, "predictor")
         self._new_predictor()  # wrong options are found before anything is paid
         self._chosen_ids: set[int] = set()
-        self._background: Table | None = None
         own = first_id + len(self.seeds.population)
         alone = guard == "never" or self.quantum > 1 or self.max_lag is not None
         self.ladder = Ladder.of(fidelities, own=own) if not alone else None
@@ -146,7 +146,7 @@ class Guided(Algorithm):
         return Learner(
             self._new_predictor,
             self._table if level == 0 else self._plain_table,
-            self._unproven if level == 0 else self._any,
+            self._unproven if level == 0 else lambda before: self._unseen,
             seed=self.seed,
             level=level,
             first_fit=self.first_fit,
@@ -244,19 +244,22 @@ class Guided(Algorithm):
             directions=(*table.directions, *(("min",) * len(names))),
         )
 
-    def _any(self, before: int) -> Table:
+    @cached_property
+    def _random(self) -> Population:
+        u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
+        return _sampled(self.space, u)
+
+    @cached_property
+    def _unseen(self) -> Table:
         """Candidates that nothing was measured of."""
-        if self._background is None:
-            u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
-            self._background = self._plain_table(_sampled(self.space, u))
-        return self._background
+        return self._plain_table(self._random)
 
     def _unproven(self, before: int) -> Table:
         """Candidates as they wait for the truth at an id: measured cheaply where that is done."""
-        cheap = None
-        if self.ladder is not None:
-            cheap = self.ladder.measured(0, before, BACKGROUND)
-        return self._any(before) if cheap is None else self._table(cheap)
+        if self.ladder is None:
+            return self._unseen
+        cheap = self.ladder.measured(0, before, BACKGROUND)
+        return self._table(self._random if cheap is None else cheap)
 
     # -- proposing --------------------------------------------------------------------------
 
@@ -338,8 +341,10 @@ class Guided(Algorithm):
         first = int(waiting.ids[row])
         candidate = waiting.population.take([row])
         jobs = self._job(i, candidate, waiting.keys[row], "promoted", np.array([[first, first]]))
-        learner = self.top if level == ladder.top else None
-        jobs = jobs if learner is None else learner.noted(jobs)
+        if level == ladder.top:
+            jobs = self.top.noted(jobs)
+        else:
+            jobs = replace(jobs, predicted=np.full((1, 2), np.nan))
         return replace(jobs, fidelity=ladder.at[level])
 
     def _job(

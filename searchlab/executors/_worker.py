@@ -15,6 +15,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from searchlab.executors._channel import WorkerEnd, packed, unpacked
@@ -50,6 +51,7 @@ def preparing() -> bool:
 
 def main() -> None:
     """Runs a worker; argv is (_, its socket, the pipe that closes when the driver ends, name)."""
+    _outlive_signals()
     end = WorkerEnd(socket.socket(fileno=int(sys.argv[2])))
     _end_with(int(sys.argv[3]))
     name = sys.argv[4]
@@ -63,6 +65,23 @@ def main() -> None:
             end.send(_answer(evaluators, unpacked(message), name))
     except (EOFError, ConnectionError):
         return  # the driver is gone
+
+
+def _outlive_signals() -> None:
+    """Leaves signals that are meant for the whole job to the driver, which ends the workers.
+
+    Schedulers send them to every process of a job. A handler is not inherited by programs that an
+    evaluator starts; a fork of this process ends by them as any other.
+    """
+    own = os.getpid()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, hear)
 
 
 def _end_with(pipe: int) -> None:

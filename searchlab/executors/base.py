@@ -90,7 +90,11 @@ class Usage:
 
 
 class Executor(Protocol):
-    """Runs chunks. `submit` never blocks; `wait` returns what has finished."""
+    """Runs chunks. `submit` never blocks; `wait` returns what has finished.
+
+    Methods that an executor may have besides: `usage() -> Usage`; `withdraw() -> list[Chunk]`,
+    which takes back what no worker has begun (see `searchlab.interruption`).
+    """
 
     @property
     def workers(self) -> int: ...

@@ -69,6 +69,12 @@ class LocalExecutor:
         self._last = time.monotonic()
         return [done]
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back what was queued and has not begun."""
+        chunks = list(self._queue)
+        self._queue.clear()
+        return chunks
+
     def usage(self) -> Usage:
         """How much of the time went into evaluations."""
         began = self._last if self._began is None else self._began

@@ -132,9 +132,11 @@ class ProcessExecutor:
         """All chunks finished by now; waits for one if any is open, at most `timeout` seconds."""
         supervisor = self._running()
         out: list[Done] = []
+        if self._open:
+            supervisor.attend(timeout)
         while self._open:
             try:
-                item = supervisor.done.get(not out, timeout)
+                item = supervisor.done.get_nowait()
             except queue.Empty:
                 break
             if isinstance(item, BaseException):
@@ -145,6 +147,12 @@ class ProcessExecutor:
             self._open -= 1
             out.append(item)
         return out
+
+    def withdraw(self) -> list[Chunk]:
+        """Takes back what was submitted and no worker has begun, or has to begin again."""
+        chunks = [] if self._supervisor is None else self._supervisor.withdraw()
+        self._open -= len(chunks)
+        return chunks
 
     def usage(self) -> Usage:
         """How busy the workers were so far."""

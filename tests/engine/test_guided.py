@@ -299,6 +299,39 @@ def test_few_labels_among_failures_are_no_reason_to_stop() -> None:
     assert result.counts["evaluations"] == 60
 
 
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("predictor", ["ridge", "stack"])
+def test_signals_without_a_word_are_survived(count: int, predictor: str) -> None:
+    class Odd(Signalled):
+        signals = tuple(Signal(f"s{i}", when="static") for i in range(count))
+
+        def static_signals(self, population: Population) -> NDArray[np.float64]:
+            same = self.losses(population)[:, None] * np.arange(1, count + 1)
+            return np.full(same.shape, np.nan) if count == 1 else same
+
+    algorithm = spec(predictor=predictor, pool=30)
+    stage = Stage("search", CHOICES, Odd(), algorithm, Budget(24))
+    result = run(SearchConfig((stage,), seed=2))
+    assert result.counts["evaluations"] == 24
+    state = result.meta["proposals"]["search"]["state"]
+    assert state["labels"] == 24
+    assert state["guard"] == ("trusted" if count == 40 else "not trusted")
+
+
+@pytest.mark.parametrize("guard", ["measured", "always"])
+def test_one_label_and_equal_labels_are_not_trusted(guard: Any) -> None:
+    for fine in (1, 40):
+        algorithm = Guided(CHOICES, seed=1, pool=20, predictor="stack", first_fit=4, guard=guard)
+        for i in range(40):
+            jobs = algorithm.ask(i, 1)
+            assert len(jobs) == 1
+            loss = 3.0 if i < fine else np.inf
+            algorithm.tell(Told(jobs.ids, jobs.population, np.array([[loss]]), np.zeros(1)))
+        state = algorithm.report()
+        assert state["labels"] == fine
+        assert (state["guard"] == "trusted") == (guard == "always" and fine == 40)
+
+
 # -- signals ------------------------------------------------------------------------------------
 
 
