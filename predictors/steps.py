@@ -32,7 +32,7 @@ class _Net(nn.Module):
 
     A step is what all variables of the commonest length have at one place; variables of other
     lengths belong to every step. A token is the sum of an embedding of its code and of its number
-    times a vector of its variable; a step is the sum of its tokens and of an embedding of its place.
+    times a vector of its variable; a step sums its tokens and an embedding of its place.
     """
 
     def __init__(self, space: Space, *, width: int) -> None:
