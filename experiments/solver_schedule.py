@@ -260,7 +260,7 @@ def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> Algor
         {
             "wraps": "evolution",
             "options": ours,
-            "predictor": "ridge",
+            "predictor": "local",
             "first_fit": KEPT * len(groups),  # what the known points give
             "pool": POOL,
             "fidelities": (),  # few samples are a signal already, and the better chosen ones
