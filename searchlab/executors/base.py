@@ -64,6 +64,7 @@ class Usage:
         deaths: workers that died with a chunk.
         timeouts: attempts that took longer than the deadline.
         repeats: attempts beyond the first.
+        overruns: workers that were replaced because they used more memory than they may.
     """
 
     workers: int
@@ -72,6 +73,7 @@ class Usage:
     deaths: int = 0
     timeouts: int = 0
     repeats: int = 0
+    overruns: int = 0
 
     @property
     def utilisation(self) -> float:
@@ -86,6 +88,7 @@ class Usage:
             "deaths": self.deaths,
             "timeouts": self.timeouts,
             "repeats": self.repeats,
+            "overruns": self.overruns,
         }
 
 
@@ -93,7 +96,8 @@ class Executor(Protocol):
     """Runs chunks. `submit` never blocks; `wait` returns what has finished.
 
     Methods that an executor may have besides: `usage() -> Usage`; `withdraw() -> list[Chunk]`,
-    which takes back what no worker has begun (see `searchlab.interruption`).
+    which takes back what no worker has begun (see `searchlab.interruption`); `log_to(folder)`,
+    called before `start`, says where what workers print is kept.
     """
 
     @property

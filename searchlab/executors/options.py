@@ -22,12 +22,14 @@ class ExecutorOptions:
         workers: how many chunks are evaluated at once.
         deadline: seconds for one attempt at a chunk.
         retries: further attempts at a chunk whose worker died or was too slow.
+        memory: bytes per worker.
     """
 
     name: str | None = None
     workers: int | None = None
     deadline: float | None = None
     retries: int | None = None
+    memory: int | None = None
 
     def build(self) -> Executor:
         """A new executor.
@@ -43,6 +45,7 @@ class ExecutorOptions:
             "workers": self.workers,
             "deadline": self.deadline,
             "retries": self.retries,
+            "memory": self.memory,
         }
         try:
             return factory(**{key: value for key, value in given.items() if value is not None})
