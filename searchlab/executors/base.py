@@ -42,6 +42,7 @@ class Done:
         worker: who evaluated it.
         attempts: how often it was begun, this one included.
         traceback: of the first exception that the evaluator raised, "" without one.
+        cached: another run of the database has evaluated it meanwhile.
     """
 
     chunk: Chunk
@@ -51,6 +52,7 @@ class Done:
     worker: str = "local"
     attempts: int = 1
     traceback: str = ""
+    cached: bool = False
 
 
 @dataclass(frozen=True)

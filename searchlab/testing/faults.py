@@ -62,7 +62,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])  # drivers run this very code
 
 def faults_space() -> Space:
     """Some hundred thousand candidates."""
-    return Space(kind=Choice(range(5), shape=(4,)), x=Real(0, 1), n=Integer(0, 9))
+    return Space(kind=Choice(tuple(range(5)), shape=(4,)), x=Real(0, 1), n=Integer(0, 9))
 
 
 def label(kind: list[int], x: float, n: int) -> str:

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.evaluator import FunctionEvaluator
+from searchlab.executors import ExecutorOptions
+from searchlab.search import run
 from searchlab.space import Space
+from searchlab.study import Database
 from searchlab.variables import Integer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +51,43 @@ def chatty(a: int) -> float:
     if a % 5 == 0:
         raise ValueError(f"no value for {a}")
     return float(a)
+
+
+class Shared(FunctionEvaluator):
+    """Exact, and not measured before the search, so that every call is a job."""
+
+    probe = False
+
+
+def noted(a: int) -> float:
+    """Takes 20 ms; notes when it began and ended."""
+    began = time.time()
+    time.sleep(0.02)
+    with open(os.environ["SEARCHLAB_TESTS_LOG"], "a", encoding="utf-8") as file:
+        file.write(f"{a} {began!r} {time.time()!r}\n")
+    return float((a * 7919) % 10007)
+
+
+def shared_config(seed: int, budget: int = 40) -> SearchConfig:
+    evaluator = Shared(noted, number_space(), version=1)
+    algorithm = AlgorithmSpec("evolution")
+    stage = Stage("search", number_space(), evaluator, algorithm, Budget(budget))
+    return SearchConfig((stage,), seed=seed, lag=4, chunk=1)
+
+
+def drive_shared(url: str, name: str, seed: int, executor: str, claims: bool) -> None:
+    """One of several runs of a database, to its end."""
+    config = shared_config(seed)
+    with Database(url, claims=claims) as base:
+        store = base.open_run(
+            name,
+            config=config.describe(),
+            space=config.stages[0].space.fingerprint,
+            seed=seed,
+            out="",
+        )
+        workers = 2 if executor == "processes" else 1
+        run(config, store=store, executor=ExecutorOptions(executor, workers).build())
 
 
 def environment(**more: str) -> dict[str, str]:
