@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,13 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         type=int,
         metavar="N",
         help="of a call whose worker died or was too slow (3 and 1)",
+    )
+    group.add_argument(
+        "--memory-per-worker",
+        dest="memory_per_worker",
+        type=_bytes,
+        metavar="SIZE",
+        help="such as 2GiB; a worker that uses more is replaced; no limit",
     )
     group.add_argument(
         "--stop-grace",
@@ -106,12 +115,26 @@ def _lag(text: str) -> int | str:
     return text if text == "free" else int(text)
 
 
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+)\s*([kKMGT]?)(i?)B?", text.strip())
+    size = 0
+    if found is not None:
+        with suppress(ValueError):
+            power = "_kMGT".index(found[2].replace("K", "k") or "_")
+            size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a size such as 500MB or 2GiB")
+    return size
+
+
 def executor_options(given: argparse.Namespace) -> ExecutorOptions:
     """Which executor the options ask for; a wrong combination is an error at once."""
     from searchlab.executors import ExecutorOptions, RayExecutor
 
     more = {option: getattr(given, flag) for flag, option in _CLUSTER.items()}
-    options = ExecutorOptions(given.executor, given.workers, given.deadline, given.retries, more)
+    options = ExecutorOptions(
+        given.executor, given.workers, given.deadline, given.retries, given.memory_per_worker, more
+    )
     executor = options.build()
     if isinstance(executor, RayExecutor):
         executor.prepare()
