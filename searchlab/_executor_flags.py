@@ -23,7 +23,6 @@ _CLUSTER = {  # flag -> option of executor ray
     "ray_address": "address",
     "gpus_per_worker": "gpus",
     "cpus_per_worker": "cpus",
-    "memory": "memory",
     "resources": "resources",
     "at_once": "at_once",
     "missing": "missing",
@@ -49,7 +48,8 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         dest="memory_per_worker",
         type=_bytes,
         metavar="SIZE",
-        help="such as 2GiB; a worker that uses more is replaced; no limit",
+        help="such as 2GiB; a worker that uses more is replaced; on a cluster it is also reserved; "
+        "no limit",
     )
     group.add_argument(
         "--stop-grace",
@@ -82,9 +82,6 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
         "--cpus-per-worker", type=float, metavar="N", help="reserved on the node (1)"
     )
     group.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="per worker, such as 24G; more ends it"
-    )
-    group.add_argument(
         "--resources", type=_resources, metavar="NAME=N,...", help="custom ones per worker"
     )
     group.add_argument(
@@ -98,12 +95,6 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
         choices=("stop", "wait"),
         help="what to do while no node has room for a worker (stop)",
     )
-
-
-def _bytes(text: str) -> int:
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    return round(float(number) * unit)
 
 
 def _resources(text: str) -> dict[str, float]:
