@@ -109,6 +109,8 @@ class Algorithm:
         max_lag: the largest lag under which it works as meant; None = any.
         pools: `_draw` may be given one id many times with different uniforms, cheaply, and then
             gives as many candidates that this id could have been.
+        shared: how many of an id's first uniforms say what its candidate is meant for; candidates
+            that are compared for one id have these in common.
     """
 
     name: ClassVar[str] = ""
@@ -118,6 +120,7 @@ class Algorithm:
     max_objectives: ClassVar[int | None] = 1
     quantum: int = 1
     max_lag: int | None = None
+    shared: int = 0
 
     def __init__(
         self,

@@ -151,6 +151,7 @@ class Evolution(Algorithm):
         self.niches = tuple(sorted(niches))
         self.neighbour = neighbour
         self.quantum = quantum
+        self.shared = 0 if niche is None else 1
         self.race = race
         self._pools: dict[int, _Pool] = {}
 
