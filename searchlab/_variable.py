@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -108,12 +107,12 @@ class Variable:
             raise SpaceError(f"condition {given!r}; allowed: ActiveIf, ActiveBelow")
         object.__setattr__(self, "when", when)
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def width(self) -> int:
         """Uniforms that one `sample` or one `mutate` consumes per candidate."""
         return self.size * self.uniforms_per_element
