@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,7 +97,7 @@ class Bench:
             return searched(made(task, name, seed, **options), task, most, lag=lag, until=until)
 
         kind = f"{task.name}, {label}, {most}, lag {lag}"
-        return [self.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
+        return [self.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
 
 
 def _proposing(traces: Sequence[Trace]) -> float:
@@ -220,6 +221,25 @@ def _few(bench: Bench, searches: Sequence[tuple[str, str]]) -> None:
 # -- several fidelities -------------------------------------------------------------------------
 
 
+def _at_costs(
+    evaluator: TableEvaluator, spec: AlgorithmSpec, marks: Sequence[int], seed: int
+) -> Trace:
+    """The best losses in full that a search knows when so much is spent."""
+    stage = Stage("search", evaluator.space, evaluator, spec, Budget(max(marks)))
+    store = MemoryRun()
+    result = run(SearchConfig((stage,), seed=seed), store=store)
+    (note,) = result.meta["proposals"].values()
+    records = store.records()
+    price = np.array([fidelity.cost for fidelity in evaluator.fidelities])
+    cost = np.cumsum(price[records.fidelity])
+    full = records.fidelity == len(price) - 1
+    found = [
+        float(np.min(-records.values[full & (cost <= mark + 1e-9), 0], initial=0.0))
+        for mark in marks
+    ]
+    return Trace(np.array(found), note["seconds"])
+
+
 def fidelities(bench: Bench) -> None:
     """Regret at a cost of 10 and 20 full trainings where 12 epochs may be looked at first."""
     evaluator = bench.evaluator
@@ -227,7 +247,6 @@ def fidelities(bench: Bench) -> None:
     best = -float(evaluator.values()[:, 0].max())
     seeds = bench.seeds(15, 1)
     marks = (10,) if bench.quick else (10, 20)
-    price = np.array([fidelity.cost for fidelity in evaluator.fidelities])
     rows: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("guided, 12 epochs first", "guided", {}),
         ("guided, in full only", "guided", {"fidelities": (1.0,)}),
@@ -235,24 +254,9 @@ def fidelities(bench: Bench) -> None:
     )
     medians: dict[str, float] = {}
     for label, name, options in rows:
-
-        def search(seed: int, name: str = name, options: dict[str, Any] = options) -> Trace:
-            spec = AlgorithmSpec(name, options)
-            stage = Stage("search", evaluator.space, evaluator, spec, Budget(max(marks)))
-            store = MemoryRun()
-            result = run(SearchConfig((stage,), seed=seed), store=store)
-            (note,) = result.meta["proposals"].values()
-            records = store.records()
-            cost = np.cumsum(price[records.fidelity])
-            full = records.fidelity == len(price) - 1
-            found = [
-                float(np.min(-records.values[full & (cost <= mark + 1e-9), 0], initial=0.0))
-                for mark in marks
-            ]
-            return Trace(np.array(found), note["seconds"])
-
         kind = f"{evaluator.space.size} elements, {label}"
-        traces = [bench.kept.trace(kind, seed, lambda s=seed: search(s)) for seed in seeds]  # type: ignore[misc]
+        search = partial(_at_costs, evaluator, AlgorithmSpec(name, options), marks)
+        traces = [bench.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
         figures: dict[str, Any] = {
             f"regret at a cost of {mark}": spread([float(t.losses[at]) - best for t in traces])
             for at, mark in enumerate(marks)
@@ -309,6 +313,18 @@ class Poisoned:
         return out
 
 
+def _misled(make: Callable[[int], Task], what: str, most: int, seed: int) -> Trace:
+    task = make(seed)
+    algorithm: Guided
+    if what == "ten noise signals":
+        algorithm = Guided(task.space, seed=seed, signals=Poisoned(task.space))
+    elif "without" in what:
+        algorithm = Misled(task.space, seed=seed, guard="always")
+    else:
+        algorithm = Misled(task.space, seed=seed)
+    return searched(algorithm, task, most)
+
+
 def guard(bench: Bench) -> None:
     """Mean regret beside the wrapped algorithm's where nothing can be predicted, paired seeds."""
     tasks: list[Callable[[int], Task]] = [landscape]
@@ -321,19 +337,9 @@ def guard(bench: Bench) -> None:
         name = make(0).name
         plain = bench.traces(make, "guard, evolution", seeds, most, "evolution")
         for what in ("shuffled labels", "shuffled labels, without the guard", "ten noise signals"):
-
-            def search(seed: int, what: str = what, make: Any = make) -> Trace:
-                task = make(seed)
-                algorithm: Guided
-                if what == "ten noise signals":
-                    algorithm = Guided(task.space, seed=seed, signals=Poisoned(task.space))
-                else:
-                    says = "always" if "without" in what else "measured"
-                    algorithm = Misled(task.space, seed=seed, guard=says)  # type: ignore[arg-type]
-                return searched(algorithm, task, most)
-
             kind = f"{name}, guard, {what}, {most}"
-            traces = [bench.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
+            search = partial(_misled, make, what, most)
+            traces = [bench.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
             own, base = (
                 float(np.mean([t.regret(make(s), most) for s, t in zip(seeds, some, strict=True)]))
                 for some in (traces, plain)
