@@ -72,6 +72,7 @@ PREDICTORS: dict[str, str] = {
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",
+    "warm": "searchlab.predictors.reuse:Warm",
 }
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many
