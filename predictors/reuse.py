@@ -228,6 +228,25 @@ class Warm:
         self._unseen: Floats | None = None
         self.n_labels = 0
 
+    @classmethod
+    def begins_at(
+        cls,
+        folder: Path,
+        space: Space,
+        *,
+        adapted: bool,
+        background: Callable[[], Table],
+        make: Callable[[], Predictor],
+        frozen: bool,
+    ) -> Callable[[], Warm]:
+        """What makes predictors that begin at the one in a folder.
+
+        Raises:
+            DataError: see `Earlier.of_folder`.
+        """
+        earlier = Earlier.of_folder(folder, space, adapted=adapted, background=background)
+        return lambda: cls(earlier, make=make, frozen=frozen)
+
     # -- fitting ------------------------------------------------------------------------------
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:

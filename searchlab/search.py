@@ -55,6 +55,7 @@ from searchlab.final import FINAL_STAGE, Contender, contenders
 from searchlab.loop import Callback, StageRun
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
+from searchlab.prior import PriorRequest, try_to_leave, with_prior
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
 from searchlab.trade_offs import trade_offs_of
@@ -161,6 +162,8 @@ def run(
     executor: Executor | None = None,
     callbacks: Sequence[Callback] = (),
     share: bool = True,
+    folder: Path | None = None,
+    with_data: bool = False,
 ) -> Result:
     """Runs (or resumes) a configuration.
 
@@ -171,6 +174,8 @@ def run(
         executor: where candidates are evaluated; this process by default.
         callbacks: called after every recorded batch.
         share: use values that other runs of the same database paid for.
+        folder: gets the predictors of the searches that learn one, when they have finished.
+        with_data: keep what these were fitted to in there.
 
     Returns:
         The result; of an interrupted run what is known so far (meta["status"] says so).
@@ -184,6 +189,7 @@ def run(
     executor = executor if executor is not None else LocalExecutor()
     evaluators = _evaluators(config)
     started = time.monotonic()
+    legs: list[StageRun] = []
     status, stop_reason = "failed", ""
     try:
         config = settled(config, store)
@@ -229,6 +235,7 @@ def run(
             first_id = leg.run()
             stop_reason = leg.stop_reason
             _note_proposals(leg, store)
+            legs.append(leg)
             if leg.interrupted:
                 status = "interrupted"
                 break
@@ -240,6 +247,8 @@ def run(
                 run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        if folder is not None and status == "finished":
+            result.meta["notes"] += _left(legs, folder, config.seed, store.name, with_data)
         usage = usage_of(executor)
         if usage is not None and usage.busy_s > 0:
             store.set_meta("usage", usage.to_json())
@@ -273,6 +282,19 @@ def _note_proposals(leg: StageRun, store: Store) -> None:
     store.set_meta(
         "proposals", {**notes, leg.stage.name: {**note, **({"state": state} if state else {})}}
     )
+
+
+def _left(
+    legs: Sequence[StageRun], folder: Path, seed: int, run: str, with_data: bool
+) -> list[str]:
+    """Leaves what the stages have learnt, the last one's in place of those before it."""
+    lines = []
+    for leg in legs:
+        said = try_to_leave(
+            leg.stage, leg.algorithm, folder, seed=seed, run=run, with_data=with_data
+        )
+        lines += [] if said is None else [said]
+    return lines
 
 
 def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
@@ -414,6 +436,9 @@ def search(
     reference: Mapping[str, float] | None = None,
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
     warm_start: str | Path | None = None,
+    predictor: str | Path | None = None,
+    refit: Literal["never", "warm", "scratch"] = "warm",
+    with_data: bool = False,
     final: Final | None = None,
     name: str = "search",
     out: str | Path | None = None,
@@ -448,6 +473,10 @@ def search(
         baselines: name -> values; scored first, shown beside the result and used as parents.
         warm_start: name (in `database`) or folder of another run over an equal space; its ten best
             are proposed after the baselines. It must not have gone on when this run is resumed.
+        predictor: folder of an earlier search's predictor to begin with; the search is then guided.
+        refit: "never" = it stays as it is, "warm" = fits begin at it, "scratch" = it chooses until
+            the first fit, which forgets it.
+        with_data: the predictor that is left in `out` keeps the candidates it was fitted to.
         final: rescore the best on splits the search never saw; for evaluators with replicates.
         name: of the run.
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
@@ -503,6 +532,8 @@ def search(
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
+    if predictor is not None:
+        config = with_prior(config, PriorRequest(Path(predictor), refit))
     if isinstance(executor, ProcessExecutor):
         executor.check((evaluator,))  # before a run folder is made
     if out is None and database is None:
@@ -512,7 +543,13 @@ def search(
     folder = Path(out) if out is not None else Path("runs") / name
     base = str(database) if database is not None else str(folder / "searchlab.db")
     return run_in_database(
-        config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
+        config,
+        name=name,
+        out=folder,
+        database=base,
+        executor=executor,
+        callbacks=callbacks,
+        with_data=with_data,
     )
 
 
