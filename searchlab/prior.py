@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from searchlab.predictor_folder import (
 
 if TYPE_CHECKING:
     from searchlab.algorithms._learner import Final
+    from searchlab.loop import StageRun
     from searchlab.study import Store
 
 __all__ = [
@@ -40,8 +41,8 @@ __all__ = [
     "PriorRequest",
     "keep_prior",
     "kept_prior",
+    "leave_all",
     "leave_predictor",
-    "try_to_leave",
     "with_prior",
 ]
 
@@ -247,21 +248,33 @@ def _schema(stage: Stage, final: Final) -> tuple[SignalSchema, ...]:
     return tuple(out)
 
 
-def try_to_leave(
-    stage: Stage, algorithm: Any, folder: Path, *, seed: int, run: str, with_data: bool
-) -> str | None:
-    """What `leave_predictor` says of an algorithm that has learnt; None = it has not.
+def leave_all(legs: Sequence[StageRun], folder: Path, *, with_data: bool) -> list[str]:
+    """Leaves what the stages of a finished run have learnt, the last one's in place of the others'.
 
     A search that has come to its end is not lost over a predictor: why there is none is said.
+
+    Returns:
+        A line for each stage that has learnt something.
     """
-    final = getattr(algorithm, "final", lambda: None)()
-    if final is None:
-        return None
-    try:
-        state = algorithm.report()
+    lines = []
+    for leg in legs:
+        final = getattr(leg.algorithm, "final", lambda: None)()
+        if final is None:
+            continue
+        state = leg.algorithm.report()
         guard = {key: state[key] for key in ("guard", "held_out", "online") if key in state}
-        return leave_predictor(
-            stage, final, folder, guard=guard, seed=seed, run=run, with_data=with_data
-        )
-    except (SearchlabError, OSError) as error:
-        return f"no predictor left: {error}"
+        try:
+            lines.append(
+                leave_predictor(
+                    leg.stage,
+                    final,
+                    folder,
+                    guard=guard,
+                    seed=leg.algorithm.seed,
+                    run=leg.store.name,
+                    with_data=with_data,
+                )
+            )
+        except (SearchlabError, OSError) as error:
+            lines.append(f"no predictor left: {error}")
+    return lines

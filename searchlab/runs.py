@@ -204,6 +204,7 @@ def run_recipe(
         keep_prior(config, store, out)
         if warm_start is not None:
             store.set_meta("warm_start", warm_start)
+        _place_logs(executor, out)
         opened()
         result = run(
             config,
@@ -237,6 +238,7 @@ def run_in_database(
 
     with _open_run(config, name, out, database) as store:
         keep_prior(config, store, out)
+        _place_logs(executor, out)
         result = run(
             config,
             store=store,
@@ -253,6 +255,12 @@ def run_in_database(
 
     write_report(result, out / "report.html")
     return result
+
+
+def _place_logs(executor: Executor | None, out: Path) -> None:
+    log_to: Callable[[Path], None] | None = getattr(executor, "log_to", None)
+    if log_to is not None:
+        log_to(out / "logs")
 
 
 @contextmanager

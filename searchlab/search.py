@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -49,13 +50,15 @@ from searchlab.executors import (
     ExecutorOptions,
     LocalExecutor,
     ProcessExecutor,
+    RayExecutor,
     usage_of,
 )
 from searchlab.final import FINAL_STAGE, Contender, contenders
+from searchlab.interruption import Interruption, note_interruption
 from searchlab.loop import Callback, StageRun
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
-from searchlab.prior import PriorRequest, try_to_leave, with_prior
+from searchlab.prior import PriorRequest, leave_all, with_prior
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
 from searchlab.trade_offs import trade_offs_of
@@ -248,7 +251,8 @@ def run(
             except KeyboardInterrupt:
                 status = "interrupted"
         if folder is not None and status == "finished":
-            result.meta["notes"] += _left(legs, folder, config.seed, store.name, with_data)
+            result.meta["notes"] += leave_all(legs, folder, with_data=with_data)
+        note_interruption(executor, store)
         usage = usage_of(executor)
         if usage is not None and usage.busy_s > 0:
             store.set_meta("usage", usage.to_json())
@@ -266,6 +270,7 @@ def run(
         return result
     except KeyboardInterrupt:  # outside the stages, which keep what they have
         status = "interrupted"
+        note_interruption(executor, store)
         raise
     finally:
         executor.close()
@@ -282,19 +287,6 @@ def _note_proposals(leg: StageRun, store: Store) -> None:
     store.set_meta(
         "proposals", {**notes, leg.stage.name: {**note, **({"state": state} if state else {})}}
     )
-
-
-def _left(
-    legs: Sequence[StageRun], folder: Path, seed: int, run: str, with_data: bool
-) -> list[str]:
-    """Leaves what the stages have learnt, the last one's in place of those before it."""
-    lines = []
-    for leg in legs:
-        said = try_to_leave(
-            leg.stage, leg.algorithm, folder, seed=seed, run=run, with_data=with_data
-        )
-        lines += [] if said is None else [said]
-    return lines
 
 
 def _evaluators(config: SearchConfig) -> tuple[Evaluator, ...]:
@@ -449,6 +441,7 @@ def search(
     chunk: int | None = None,
     deadline: float | None = None,
     retries: int | None = None,
+    stop_grace: float | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Searches a space for what an objective likes best.
@@ -491,6 +484,9 @@ def search(
         chunk: candidates per call of the evaluator; kept by the run.
         deadline: seconds that one call of the evaluator may take; needs processes.
         retries: how often a call is repeated whose worker died or was too slow; needs processes.
+        stop_grace: seconds that evaluations have to finish after a Ctrl-C, SIGTERM or SIGUSR1,
+            which then end the search as "interrupted" (`searchlab.interruption`); None = signals do
+            what they do in Python, where a Ctrl-C drops what is being evaluated.
         callbacks: called after every recorded batch.
 
     Returns:
@@ -534,23 +530,26 @@ def search(
     )
     if predictor is not None:
         config = with_prior(config, PriorRequest(Path(predictor), refit))
-    if isinstance(executor, ProcessExecutor):
+    if isinstance(executor, ProcessExecutor | RayExecutor):
         executor.check((evaluator,))  # before a run folder is made
-    if out is None and database is None:
-        return run(config, executor=executor, callbacks=callbacks)
-    from searchlab.runs import run_in_database
+    with ExitStack() as stack:
+        if stop_grace is not None:
+            executor = stack.enter_context(Interruption(stop_grace).listening()).guard(executor)
+        if out is None and database is None:
+            return run(config, executor=executor, callbacks=callbacks)
+        from searchlab.runs import run_in_database
 
-    folder = Path(out) if out is not None else Path("runs") / name
-    base = str(database) if database is not None else str(folder / "searchlab.db")
-    return run_in_database(
-        config,
-        name=name,
-        out=folder,
-        database=base,
-        executor=executor,
-        callbacks=callbacks,
-        with_data=with_data,
-    )
+        folder = Path(out) if out is not None else Path("runs") / name
+        base = str(database) if database is not None else str(folder / "searchlab.db")
+        return run_in_database(
+            config,
+            name=name,
+            out=folder,
+            database=base,
+            executor=executor,
+            callbacks=callbacks,
+            with_data=with_data,
+        )
 
 
 def as_evaluator(

@@ -24,7 +24,7 @@ Guard = Literal["measured", "always", "never"]
 GROWTH, STEP = 1.15, 4  # refits: so much more, at least so many labels more
 FOLDS, FEW_FOLDS, FEW = 5, 10, 40  # where labels are few, a fit to fewer says too little
 BATCHES = 3  # so many of the latest batches are what the guard looks at
-BOLDNESS = 0.3  # share of a draw's departure from the mean: of many draws the wildest wins
+BOLDNESS = 0.5  # share of a draw's departure from the mean: of many draws the wildest wins
 PADDED = 16  # fewer rows take other matrix kernels, whose last bits differ
 
 

@@ -312,13 +312,24 @@ class Guided(Algorithm):
         if not self.top.trusted:
             return self.top.noted(self.inner.ask(first_id, n))
         n_seeds = int(np.clip(self.first_id + len(self.seeds.population) - first_id, 0, n))
-        parts = [self.top.noted(self.inner.ask(first_id, n_seeds))] if n_seeds else []
-        parts += [self._fresh(i, self.top) for i in range(first_id + n_seeds, first_id + n)]
-        return Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
+        parts = [self.inner.ask(first_id, n_seeds)] if n_seeds else []
+        ids = range(first_id + n_seeds, first_id + n)
+        chosen = [i for i in ids if self.top.chooses(i)]
+        draws = dict(zip(chosen, self._drawn(chosen), strict=True))
+        self._look_ahead(list(draws.values()))
+        parts += [self._fresh(i, self.top, draws.get(i)) for i in ids]
+        jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
+        return self.top.noted(jobs)
 
-    def _fresh(self, i: int, learner: Learner) -> Jobs:
+    def _look_ahead(self, draws: Sequence[Draw | None]) -> None:
+        """Lets an evaluator that remembers its signals see the pools of a group at once."""
+        if self.signals is not None and len(draws) > 1:
+            pools = [draw.population for draw in draws if draw is not None]
+            if pools and getattr(self.signals, "remembers", False):
+                self.signals.static_signals(Population.concat(pools))
+
+    def _fresh(self, i: int, learner: Learner, draw: Draw | None) -> Jobs:
         """A candidate that was never measured: the wrapped algorithm's, or the best of its pool."""
-        draw = self._drawn(i) if learner.chooses(i) else None
         if draw is not None:
             u = uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH)
             keys = self.space.keys(draw.population)
@@ -326,10 +337,13 @@ class Guided(Algorithm):
                 if not self.issued_before(keys[row], i):
                     word = f"guided:{draw.origin[row]}"
                     parents = np.asarray(draw.parents)[[row]]
-                    return learner.noted(
-                        self._job(i, draw.population.take([row]), keys[row], word, parents)
-                    )
-        return learner.noted(self.inner.ask(i, 1))
+                    return self._job(i, draw.population.take([row]), keys[row], word, parents)
+        return self.inner.ask(i, 1)
+
+    def _alone(self, i: int, learner: Learner) -> Jobs:
+        """`_fresh` of one id, with what is predicted of it."""
+        draw = self._drawn([i])[0] if learner.chooses(i) else None
+        return learner.noted(self._fresh(i, learner, draw))
 
     def _ask_level(self, i: int, n: int) -> Jobs:
         """The job of one id where there are several fidelities."""
@@ -341,10 +355,10 @@ class Guided(Algorithm):
             return replace(self.top.noted(self.inner.ask(i, n)), fidelity=ladder.at[-1])
         cheap.refit()
         if self.top.fitted and not self.top.trusted and not ladder.pays():
-            return replace(self._fresh(i, self.top), fidelity=ladder.at[-1])
+            return replace(self._alone(i, self.top), fidelity=ladder.at[-1])
         if level and (jobs := self._promoted(i, level)) is not None:
             return jobs
-        jobs = replace(self._fresh(i, cheap), fidelity=ladder.at[0])
+        jobs = replace(self._alone(i, cheap), fidelity=ladder.at[0])
         others = range(ladder.top, 0, -1) if not len(jobs) else ()
         for other in others:  # nothing is new any more
             if (late := self._promoted(i, other)) is not None:
@@ -390,37 +404,53 @@ class Guided(Algorithm):
             parents=parents,
         )
 
-    def _part(self, i: int, u: NDArray[np.float64], strength: float) -> list[Draw]:
-        """The wrapped algorithm's candidates for rows of uniforms, without those beyond repair."""
+    def _part(
+        self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float
+    ) -> list[tuple[NDArray[np.int64], Draw]]:
+        """The wrapped algorithm's candidates of ids, without those beyond repair."""
         if not len(u):
             return []
         try:
-            part = self.inner._draw(np.full(len(u), i, dtype=np.int64), u, strength)
+            part = self.inner._draw(ids, u, strength)
         except SpaceError:
             if len(u) == 1:
                 return []
             half = len(u) // 2
-            return [*self._part(i, u[:half], strength), *self._part(i, u[half:], strength)]
-        return [] if part is None else [part]
+            one = self._part(ids[:half], u[:half], strength)
+            return [*one, *self._part(ids[half:], u[half:], strength)]
+        return [] if part is None else [(ids, part)]
 
-    def _drawn(self, i: int) -> Draw | None:
-        """The pool of an id."""
-        width = self.inner._cached_width
-        u = uniforms(self.seed, POOL, i * self.pool, self.pool, width)
-        parts: list[Draw] = []
+    def _drawn(self, ids: Sequence[int]) -> list[Draw | None]:
+        """The pool of each id; a row of it depends on its own id and uniforms only."""
+        width, shared = self.inner._cached_width, self.inner.shared
+        blocks = [uniforms(self.seed, POOL, i * self.pool, self.pool, width) for i in ids]
+        parts: list[tuple[NDArray[np.int64], Draw]] = []
         start, whole = 0, 0.0
         for strength, share in STRENGTHS:
             whole += share
             stop = round(self.pool * whole)
-            parts += self._part(i, u[start:stop], strength)
+            if not blocks:
+                break
+            for u in blocks:
+                u[:, :shared] = u[0, :shared]
+            u = np.concatenate([block[start:stop] for block in blocks])
+            repeated = np.repeat(np.asarray(ids, dtype=np.int64), stop - start)
+            parts += self._part(repeated, u, strength)
             start = stop
-        if not parts:
-            return None
-        return Draw(
-            Population.concat([part.population for part in parts]),
-            [text for part in parts for text in part.origin],
-            np.concatenate([part.parents for part in parts]),
-        )
+        return [_pool_of(i, parts) for i in ids]
+
+
+def _pool_of(i: int, parts: Sequence[tuple[NDArray[np.int64], Draw]]) -> Draw | None:
+    """What parts drawn for many ids hold of one; None = nothing."""
+    found = [(np.flatnonzero(ids == i), draw) for ids, draw in parts]
+    found = [(rows, draw) for rows, draw in found if len(rows)]
+    if not found:
+        return None
+    return Draw(
+        Population.concat([draw.population.take(rows) for rows, draw in found]),
+        [draw.origin[row] for rows, draw in found for row in rows.tolist()],
+        np.concatenate([np.asarray(draw.parents)[rows] for rows, draw in found]),
+    )
 
 
 def _sampled(space: Space, u: NDArray[np.float64]) -> Population:
