@@ -75,6 +75,7 @@ PREDICTORS: dict[str, str] = {
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",
+    "warm": "searchlab.predictors.reuse:Warm",
     "steps": "searchlab.predictors.steps:Steps",
 }
 
