@@ -3,9 +3,9 @@
     python -m searchlab.experiments.benchmarks.solver_schedule_guided [--quick] [--check] [--out F]
         [--folder F] [--minutes M] [--problem mixture|digits]
 
-Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided` 30 %
-of it. Both begin at the same known points, on the same noise, and end with the same selection; a
-ratio is the held-out error of the one's winner over that of the other's, below 1 where fewer
+Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided`
+30 % of it. Both begin at the same known points, on the same noise, and end with the same selection;
+a ratio is the held-out error of the one's winner over that of the other's, below 1 where fewer
 evaluations gave more. Known points and their values are shared; the guided run comes first, so that
 the plain one is answered from the cache where they meet. Seconds are those of the search stage:
 proposing (fits, signals and the panel behind them included) and evaluations. `signal_rows` counts

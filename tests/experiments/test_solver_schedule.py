@@ -97,7 +97,9 @@ def test_the_published_search_has_stages():
     spec = config.stages[-1].algorithm
     quick = {"first": 30, "batch": 6, "generations": 3, "children": 12}
     spec = replace(spec, options={**spec.options, **quick, "predictor_options": {"epochs": 10}})
-    config = replace(config, stages=(*config.stages[:-1], replace(config.stages[-1], algorithm=spec)))
+    config = replace(
+        config, stages=(*config.stages[:-1], replace(config.stages[-1], algorithm=spec))
+    )
     store = MemoryRun()
     run(config, store=store)
     assert sum(text == "staged" for text in store.records().origin) >= 6
