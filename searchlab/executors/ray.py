@@ -256,6 +256,10 @@ class RayExecutor:
         out, pool.done = pool.done, []
         return out
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back what was submitted and no worker has, or that is to be begun again."""
+        return [] if self._pool is None else self._pool.withdraw()
+
     def _look_for_nodes(self, pool: Pool) -> None:
         now = time.monotonic()
         if now < self._nodes_at:

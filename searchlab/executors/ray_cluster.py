@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,20 @@ class Cluster:
 
     def join(self) -> None:
         """Connects; a connection that exists already is used and left alone."""
-        import ray
+        with _signals_kept():
+            import ray
 
-        if not ray.is_initialized():
-            self._connect(ray)
-            self._own = True
+            if not ray.is_initialized():
+                self._connect(ray)
+                self._own = True
         self._head = split_address(ray.get_runtime_context().gcs_address)
+        given = _given(self.address)
+        if given is not None and not _same(given, self._head):
+            shown = ":".join(map(str, self._head))
+            raise ConfigError(
+                f"address {self.address!r}; this process is connected to the cluster at {shown} "
+                "already, and no other is allowed until ray.shutdown()"
+            )
         if self.address == "auto":
             check_token(self._head[0])
 
@@ -299,6 +308,31 @@ def check_head(where: tuple[str, int]) -> None:
 
 def _given(address: str | None) -> tuple[str, int] | None:
     return None if address in (None, "auto") else split_address(str(address))
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes signals for itself, which belong to the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses mean one place."""
+    if one[1] != other[1]:
+        return False
+    try:
+        return one == other or socket.gethostbyname(one[0]) == socket.gethostbyname(other[0])
+    except OSError:
+        return False
 
 
 def _countable(resources: Mapping[str, float]) -> dict[str, float]:

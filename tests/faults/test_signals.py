@@ -45,7 +45,14 @@ def begin(folder: Path, seconds: str, *more: str) -> subprocess.Popen[str]:
     process = start(
         folder,
         *("run", "--space", "space.yaml", "--evaluator", "command", "--objective", "y:min"),
-        *("--command", f"sh job.sh {seconds} {{out}} {{id}} {{plan}}", "--name", "t", "--budget", "1000"),
+        *(
+            "--command",
+            f"sh job.sh {seconds} {{out}} {{id}} {{plan}}",
+            "--name",
+            "t",
+            "--budget",
+            "1000",
+        ),
         *("--baselines", "none", *more),
     )
     limit = time.monotonic() + 60
@@ -197,7 +204,9 @@ def test_a_script_hears_of_it_too(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=30)
     status, count = out.split()
     assert status == "interrupted"
-    assert lines(tmp_path, "begun") == lines(tmp_path, "ended") == int(count) + 4  # first measurements
+    assert (
+        lines(tmp_path, "begun") == lines(tmp_path, "ended") == int(count) + 4
+    )  # first measurements
 
 
 def test_a_grace_is_a_number_of_seconds() -> None:
@@ -210,6 +219,4 @@ def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with Interruption().listening():
         assert signal.getsignal(signal.SIGTERM) != before[1]
-    assert before == [
-        signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    ]
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
