@@ -158,7 +158,7 @@ def _busy(
     aims = []
     if aim is not None:
         name, least = aim
-        aims = [Aim(name, figures[name], "at least", least, binding=not journal.options.quick)]
+        aims = [Aim(name, float(figures[name]), "at least", least, binding=not journal.options.quick)]
     journal.case(f"{shape} times, lag {lag}", figures, seeds=(SEED,), aims=aims)
 
 
@@ -168,7 +168,7 @@ def _by_lag(journal: Journal, mean: float, budget: int, workers: int) -> None:
     drawn = space.decode(space.sample(uniforms(SEED, 0, 0, budget, space.sample_width)))
     figures: dict[str, Any] = {"workers": workers, "evaluations": budget}
     for shape in ("uniform", "lognormal"):
-        seconds = np.array([_length(plan, shape, mean) for plan in drawn])  # type: ignore[arg-type]
+        seconds = np.array([_length(plan, shape, mean) for plan in drawn])
         figures[shape] = {
             str(lag): round(_limit(seconds, lag, workers)[1], 3)
             for lag in [workers * 2**i for i in range(6)] + [np.inf]
@@ -378,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers = size[0] * size[1]
     for lag in ("free", 2 * workers):
         aim = ("share_of_ideal", 0.95)
-        _busy(journal, "uniform", mean, budget, lag, size, aim=aim)  # type: ignore[arg-type]
+        _busy(journal, "uniform", mean, budget, lag, size, aim=aim)
     _busy(journal, "lognormal", mean, budget, "free", size, aim=("steady", 0.9))
     if not options.quick:
         _busy(journal, "lognormal", mean, budget, 8 * workers, size, aim=None)
