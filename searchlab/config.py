@@ -71,6 +71,7 @@ PREDICTORS: dict[str, str] = {
     "dele": "searchlab.predictors.dele:Dele",
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
+    "local": "searchlab.predictors.local:Local",
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",

@@ -468,8 +468,8 @@ def search(
         chunk: candidates per call of the evaluator; kept by the run.
         deadline: seconds that one call of the evaluator may take; needs processes.
         retries: how often a call is repeated whose worker died or was too slow; needs processes.
-        stop_grace: seconds that evaluations have to finish after a Ctrl-C, SIGTERM or SIGUSR1, which
-            then end the search as "interrupted" (`searchlab.interruption`); None = signals do
+        stop_grace: seconds that evaluations have to finish after a Ctrl-C, SIGTERM or SIGUSR1,
+            which then end the search as "interrupted" (`searchlab.interruption`); None = signals do
             what they do in Python, where a Ctrl-C drops what is being evaluated.
         callbacks: called after every recorded batch.
 

@@ -15,14 +15,15 @@ Floats = NDArray[np.float64]
 
 MOST_WORSE = 0.45  # share of late labels worse than early ones; without any skill it is a half
 FEWEST = 4  # labels that a share is taken of
-_SIDE = 1.282  # 80 % intervals: one look in ten at no skill at all shows some
+_SIDE = 1.645  # 90 % intervals
+_FAR = 6.0  # robust standard deviations; losses that are worse by more are cut
 _SPREAD = 1.06  # variance of Fisher's z of a rank correlation, times n - 3
 _MOST = 0.999  # correlations beyond have no finite z
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A rank correlation (Spearman) of predictions with what then came, and its 80 % interval.
+    """A correlation of predictions with what then came, and its 90 % interval.
 
     `n` counts the pairs. Without enough of them nothing is known: 0 between -1 and 1.
     """
@@ -49,12 +50,17 @@ def ranks(values: Floats) -> Floats:
     return shared
 
 
-def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
+def correlation(batches: Iterable[tuple[Floats, Floats]], *, values: bool = False) -> Evidence:
     """What batches of (predictions, losses) say together; each is ranked by itself.
 
     Losses fall while a search goes on, and so does whatever follows their mean: comparing within
     batches keeps that from passing for skill. Batches are joined by Fisher's z, weighted by size;
     those of fewer than four pairs say nothing.
+
+    Args:
+        batches: pairs of arrays (n,); losses may be infinite, predictions NaN where unknown.
+        values: take the mean of Spearman's correlation and Pearson's of the losses, far worse ones
+            cut; each sees skill that the other misses, among labels with noise above all.
     """
     total = weights = 0.0
     n = 0
@@ -62,10 +68,10 @@ def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
         known = np.isfinite(predictions) & ~np.isnan(losses)
         if (weight := int(known.sum()) - 3) < 1:
             continue
-        a, b = ranks(predictions[known]), ranks(losses[known])
-        a, b = a - a.mean(), b - b.mean()
-        size = float(np.sqrt((a @ a) * (b @ b)))
-        rho = float(a @ b) / size if size > 0 else 0.0
+        said, came = predictions[known], losses[known]
+        rho = _pearson(ranks(said), ranks(came))
+        if values:
+            rho = (rho + _pearson(said, _cut(came))) / 2
         total += weight * float(np.arctanh(np.clip(rho, -_MOST, _MOST)))
         weights += weight
         n += weight + 3
@@ -73,6 +79,23 @@ def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
         return Evidence()
     z, half = total / weights, _SIDE * float(np.sqrt(_SPREAD / weights))
     return Evidence(float(np.tanh(z)), float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+
+
+def _pearson(a: Floats, b: Floats) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def _cut(losses: Floats) -> Floats:
+    """Losses without those that are far worse than most; failed ones become the worst."""
+    finite = losses[np.isfinite(losses)]
+    if not len(finite):
+        return np.zeros(len(losses))
+    middle = float(np.median(finite))
+    spread = 1.4826 * float(np.median(np.abs(finite - middle)))
+    most = min(middle + _FAR * spread, float(finite.max())) if spread > 0 else float(finite.max())
+    return np.minimum(losses, most)
 
 
 @dataclass(frozen=True)

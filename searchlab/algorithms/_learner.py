@@ -23,7 +23,7 @@ Guard = Literal["measured", "always", "never"]
 GROWTH, STEP = 1.15, 4  # refits: so much more, at least so many labels more
 FOLDS, FEW_FOLDS, FEW = 5, 10, 40  # where labels are few, a fit to fewer says too little
 BATCHES = 3  # so many of the latest batches are what the guard looks at
-BOLDNESS = 0.3  # share of a draw's departure from the mean: of many draws the wildest wins
+BOLDNESS = 0.5  # share of a draw's departure from the mean: of many draws the wildest wins
 PADDED = 16  # fewer rows take other matrix kernels, whose last bits differ
 
 
@@ -130,7 +130,7 @@ class Learner:
         predictor = self._fit(table, losses, pool)
         if self._guard == "measured":
             said = self._held_out(predictor, table, losses, told.ids, pool)
-            held_out = correlation([(said, losses)])
+            held_out = correlation([(said, losses)], values=True)
             batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
             latest = (batch > 0) & (batch >= len(counts) - BATCHES)
             online = self._online(told, losses, np.where(latest, batch, 0))

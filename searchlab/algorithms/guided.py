@@ -20,6 +20,7 @@ from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
 from searchlab.space import Space
 from searchlab.uniforms import POOL, uniforms
+from searchlab.variables import Choice
 
 if TYPE_CHECKING:
     from searchlab.result import Result
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Guided", "StaticSignals"]
 
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
+MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
 
@@ -60,7 +62,9 @@ class Guided(Algorithm):
         space, seed, first_id, seeds: see `Algorithm`.
         wraps: name of an algorithm for one objective that gives all uniforms of an id their say.
         options: of that algorithm.
-        predictor: name of a predictor.
+        predictor: name of a predictor; None = `stack` where there are signals or cheap fidelities,
+            which come with costly evaluations, `ridge` for choices of `MANY` elements and more,
+            whose parts mostly add up, and `gp` for the rest.
         predictor_options: of that predictor.
         first_fit: labels of the first fit.
         pool: candidates that are ranked for a job.
@@ -85,7 +89,7 @@ class Guided(Algorithm):
         seeds: Seeds | None = None,
         wraps: str = "evolution",
         options: Mapping[str, Any] | None = None,
-        predictor: str = "ridge",
+        predictor: str | None = None,
         predictor_options: Mapping[str, Any] | None = None,
         first_fit: int = 12,
         pool: int = 1000,
@@ -105,15 +109,15 @@ class Guided(Algorithm):
         self.first_fit, self.pool = first_fit, pool
         self.signals = signals
         self._of = () if signals is None else _static(signals.signals)
-        self._predictor = predictor
-        self._predictor_options = dict(predictor_options or {})
-        self._factory = resolve(PREDICTORS, predictor, "predictor")
-        self._new_predictor()  # wrong options are found before anything is paid
         self._chosen_ids: set[int] = set()
         own = first_id + len(self.seeds.population)
         alone = guard == "never" or self.quantum > 1 or self.max_lag is not None
         self.ladder = Ladder.of(fidelities, own=own) if not alone else None
         self.levels = self.ladder is not None
+        self._predictor = predictor or self._fitting_predictor()
+        self._predictor_options = dict(predictor_options or {})
+        self._factory = resolve(PREDICTORS, self._predictor, "predictor")
+        self._new_predictor()  # wrong options are found before anything is paid
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 
@@ -133,6 +137,12 @@ class Guided(Algorithm):
                 "regularised_evolution, eda, cma, random"
             )
         return inner
+
+    def _fitting_predictor(self) -> str:
+        if self._of or self.ladder is not None:
+            return "stack"
+        choices = all(isinstance(variable, Choice) for variable in self.space.variables.values())
+        return "ridge" if choices and self.space.size >= MANY else "gp"
 
     def _new_predictor(self) -> Predictor:
         try:
@@ -181,7 +191,7 @@ class Guided(Algorithm):
         states = [note.get("state") or {} for note in (result.meta.get("proposals") or {}).values()]
         return [
             f"predictor {state['predictor']}: {state['guard']} after {state['labels']} labels "
-            f"(rank correlation {state['held_out']['rho']:.2f} with those held out)."
+            f"(correlation {state['held_out']['rho']:.2f} with those held out)."
             for state in states
             if "guard" in state
         ]
