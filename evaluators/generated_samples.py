@@ -108,8 +108,8 @@ class SampleScore:
 class NoiseLevelLoss:
     """Weighted squared error of a denoiser at fixed noise levels, on fixed noise.
 
-    Every replicate takes the next rows of its split's data with noise of their own; the splits share
-    no rows. Items are the rows' losses, so that paired tests are possible.
+    Every replicate takes the next rows of its split's data, with noise of their own; the splits
+    share no rows. Items are the rows' losses, so that paired tests are possible.
 
     Args:
         loss: (state, data (n, *shape), noise (n, *shape), level) -> losses (n,).

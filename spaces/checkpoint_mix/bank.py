@@ -257,7 +257,7 @@ class CheckpointBank:
                     size = self._elements(b) * self.dtype_of(b).itemsize
                     os.posix_fallocate(file.fileno(), 0, size)
                     for _, part in self._slabs(b):
-                        left = memoryview(part.reshape(-1).view(torch.uint8).numpy())
+                        left = _bytes_of(part)
                         while left:
                             left = left[file.write(left) :]
                 os.replace(temporary, self._file(b))
@@ -372,8 +372,8 @@ class CheckpointBank:
                 def fetch(index: int) -> int:
                     first = starts[index]
                     n = min(slab, count - first)
-                    view = buffers[index % 2][:n].view(torch.uint8).numpy().reshape(-1)
-                    _read(handle, memoryview(view), first * tile_bytes, self._file(block))
+                    view = _bytes_of(buffers[index % 2][:n])
+                    _read(handle, view, first * tile_bytes, self._file(block))
                     return n
 
                 waiting = reader.submit(fetch, 0)
@@ -404,6 +404,12 @@ class CheckpointBank:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _bytes_of(tiles: Tensor) -> memoryview:
+    """The memory of contiguous tiles."""
+    flat: Any = tiles.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
