@@ -247,7 +247,7 @@ def test_what_is_not_finite_is_named_and_does_not_leak(tmp_path: Path) -> None:
     assert list(bank.broken) == [2]
     row = np.array([0.25, 0.25, 0.0, 0.25, 0.25])
     assert torch.isfinite(merge(bank, row[None])[0]).all()
-    with pytest.raises(DataError, match="step_30.*blocks.0.w"):
+    with pytest.raises(DataError, match=r"step_30.*blocks.0.w"):
         merge(bank, np.full((1, K), 0.2))
     (alone,) = states(bank, one_hot(K, 2)[None])
     assert torch.isnan(alone["blocks.0.w"].view(-1)[5])
@@ -276,7 +276,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     head["blocks.0.w"]["shape"] = [13, 8]
     text = json.dumps(head).encode()
     paths[1].write_bytes(len(text).to_bytes(8, "little") + text + raw[-4000:])
-    with pytest.raises(DataError, match="blocks.0.w.*stands in"):
+    with pytest.raises(DataError, match=r"blocks.0.w.*stands in"):
         opened(tmp_path)
 
 
@@ -284,7 +284,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(DataError, match="pickle.*safetensors.torch.save_file"):
+    with pytest.raises(DataError, match=r"pickle.*safetensors.torch.save_file"):
         find_checkpoints([tmp_path])
     with pytest.raises(DataError, match="pickle"):
         find_checkpoints([tmp_path / "checkpoint-1" / "pytorch_model.bin"])
@@ -292,7 +292,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
 
 def test_too_few_checkpoints(tmp_path: Path) -> None:
     (path,) = write(tmp_path, k=1)
-    with pytest.raises(ConfigError, match="1 checkpoints.*two or more"):
+    with pytest.raises(ConfigError, match=r"1 checkpoints.*two or more"):
         find_checkpoints([path])
     with pytest.raises(ConfigError, match="no checkpoint at"):
         find_checkpoints([tmp_path / "nothing-*"])
@@ -346,7 +346,7 @@ def test_folders_of_trainers_are_read(tmp_path: Path) -> None:
     second = tmp_path / "diffusers" / "checkpoint-90" / "transformer"
     second.mkdir()
     save_file(weights(1), second / "model.safetensors")
-    with pytest.raises(ConfigError, match="several parts.*transformer, unet"):
+    with pytest.raises(ConfigError, match=r"several parts.*transformer, unet"):
         find_checkpoints([tmp_path / "diffusers"])
     assert len(find_checkpoints([tmp_path / "diffusers"], part="unet")) == 3
 
