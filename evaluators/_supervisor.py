@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# Schedulers send these to all processes of a job; the driver decides what they mean.
+DRIVERS_OWN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 READ_BYTES = 1 << 16
 LAST_WAIT_S = 5.0  # for processes that even SIGKILL does not end at once
 
@@ -305,7 +307,7 @@ def become(
             if os.getppid() != parent:
                 os._exit(127)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT):
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, *DRIVERS_OWN):
             signal.signal(number, signal.SIG_DFL)
         os.chdir(spec["folder"])
         null = os.open(os.devnull, os.O_RDONLY)
@@ -338,7 +340,7 @@ def read_line() -> bytes:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGPIPE):
+    for number in (signal.SIGPIPE, *DRIVERS_OWN):
         signal.signal(number, signal.SIG_IGN)
     wake_read, wake_write = os.pipe()
     for end in (wake_read, wake_write):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from searchlab._study_claims import claim, release
 from searchlab._study_lease import Owner
 from searchlab._study_schema import errors_named, insert_rows, tables
 from searchlab._study_store import Recorder
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 _KEY = ROW_COLUMNS.index("key")
+CLAIM_COLUMNS = [ROW_COLUMNS.index(name) for name in ("key", "evaluator", "fidelity", "replicate")]
 _KEYS_AT_ONCE = 500  # keys of one look-up statement
 
 
@@ -36,6 +38,7 @@ class Run(Recorder):
         seed: its seed.
         out: its folder, as given.
         created: seconds since 1970.
+        claims: whether `claim` keeps other runs from evaluating the same.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Run(Recorder):
         *,
         owner: Owner | None,
         lease_s: float = 60.0,
+        claims: bool = False,
     ) -> None:
         super().__init__(row["name"])
         self._where = where
@@ -58,6 +62,7 @@ class Run(Recorder):
         self._run = int(row["run"])
         self._owner = owner
         self._lease_s = lease_s
+        self.claims = claims and owner is not None
         self._renewed = time.time()
         self._lost = False
         self._digests: dict[str, int] = {}  # registered for this run
@@ -214,6 +219,9 @@ class Run(Recorder):
                 items = [(run, *item) for item in self._items]
                 insert_rows(connection, schema.items, ("run", "id", "dtype", "scores"), items)
                 self._write_meta(connection, self._meta)
+                if self.claims:
+                    places = [[row[i] for i in CLAIM_COLUMNS] for row in self._rows]
+                    release(connection, run, places)
             self._renewed = now
             self._rows, self._items, self._meta = [], [], {}
 
@@ -228,6 +236,18 @@ class Run(Recorder):
         with self._lock:
             self._check_open()
             self._register(digest, *texts)
+
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """See `Store.claim`."""
+        if not self.claims or not keys:
+            return set()
+        with self._lock:
+            self._check_open()
+            place = self._evaluator_row(evaluator), fidelity, replicate
+            with errors_named(self._where), self._transaction(write=True) as connection:
+                return claim(connection, self._run, keys, place)
 
     def heartbeat(self) -> None:
         """See `Store.heartbeat`; writes once per third of the lease. Raises if it was lost."""
@@ -246,6 +266,8 @@ class Run(Recorder):
                     self.set_meta("status", status)
                     self.commit()
                     with errors_named(self._where), self._transaction(write=True) as connection:
+                        if self.claims:
+                            release(connection, self._run, None)
                         self._execute(
                             connection,
                             "UPDATE runs SET owner = NULL, lease_until = 0 "

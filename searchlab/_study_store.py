@@ -116,6 +116,15 @@ class Store(Protocol):
             pruned: also rows that are pruned, where no ok row answers.
         """
 
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """Those of the candidates that another run of the database is evaluating now.
+
+        All others are this run's until they are recorded or it is closed. Where there are no other
+        runs, or nobody asked for claims, nothing is claimed and the set is empty.
+        """
+
     def set_meta(self, key: str, value: Any) -> None:
         """Sets a JSON value of the run; part of the open batch."""
 
@@ -190,6 +199,12 @@ class Recorder(ABC):
             listed = np.array(list(ids), np.int64)
             self._note(listed)
             self._rows += void_rows(listed.tolist(), stage, told_at_ask, time.time())
+
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """See `Store.claim`."""
+        return set()
 
     def set_meta(self, key: str, value: Any) -> None:
         """See `Store.set_meta`."""
@@ -272,6 +287,14 @@ class Recorder(ABC):
 
     def _note(self, ids: NDArray[np.int64]) -> None:
         """Marks ids as recorded. Raises StudyError for one that is marked already."""
+        if len(ids) == 1 and 0 <= (i := int(ids[0])) <= MAX_ID:
+            flags = self._seen.get(i // _PAGE)
+            if flags is None:
+                flags = self._seen[i // _PAGE] = np.zeros(_PAGE, dtype=bool)
+            if flags[i % _PAGE]:
+                raise self._repeated(i)
+            flags[i % _PAGE] = True
+            return
         if not len(ids):
             return
         low, high = int(ids.min()), int(ids.max())

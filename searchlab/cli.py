@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -222,6 +223,7 @@ def _execute(
     *,
     quiet: bool = False,
 ) -> int:
+    from searchlab.interruption import Interruption, say_on_stderr
     from searchlab.progress import ProgressLine
     from searchlab.runs import run_recipe, write_artefacts
 
@@ -231,27 +233,33 @@ def _execute(
     config = with_pace(recipe.build(chosen), given)
     line = ProgressLine(unit=config.group_by or "")
     opened: list[bool] = []
+    stop = Interruption(given.stop_grace, say=None if quiet else say_on_stderr)
     try:
-        result = run_recipe(
-            recipe,
-            chosen,
-            name=name,
-            out=out,
-            database=database,
-            callbacks=() if quiet else (line,),
-            config=config,
-            executor=executor.build(),
-            opened=lambda: opened.append(True),
-            durability=given.durability,
-        )
+        with stop.listening():
+            result = run_recipe(
+                recipe,
+                chosen,
+                name=name,
+                out=out,
+                database=database,
+                callbacks=() if quiet else (line,),
+                config=config,
+                executor=stop.guard(executor.build()),
+                opened=lambda: opened.append(True),
+                durability=given.durability,
+            )
+            line.done()
+            print(result.table())
+            print(_counts_line(result))
+            if result.meta["status"] == "interrupted":
+                print(f"interrupted; go on with: {_resume_command(name, out, database)}")
+                print(result.verdict())
+                return EXIT_INTERRUPTED
+            paths = write_artefacts(recipe, config, result, out)
+    except KeyboardInterrupt:
         line.done()
-        print(result.table())
-        print(_counts_line(result))
-        if result.meta["status"] == "interrupted":
-            print(f"interrupted; go on with: searchlab resume {name}")
-            print(result.verdict())
-            return EXIT_INTERRUPTED
-        paths = write_artefacts(recipe, config, result, out)
+        how = f"; go on with: {_resume_command(name, out, database)}" if opened else ""
+        return _say(f"interrupted{how}", EXIT_INTERRUPTED)
     except SearchlabError as error:
         line.done()
         if not opened:
@@ -260,6 +268,12 @@ def _execute(
     print("written: " + ", ".join(str(path) for path in paths))
     print(result.verdict())
     return EXIT_OK
+
+
+def _resume_command(name: str, out: Path, database: str) -> str:
+    """What to type in this folder to go on with a run."""
+    known = out == Path("runs") / name and "://" not in database
+    return f"searchlab resume {shlex.quote(name if known else str(out))}"
 
 
 def _counts_line(result: Result) -> str:

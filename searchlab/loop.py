@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._stage_best import BestSoFar
+from searchlab._stage_claims import Claims
 from searchlab._stage_levels import LevelRule
 from searchlab._stage_limits import Limits
 from searchlab._stage_progress import hopeless, progress_of
@@ -105,6 +106,7 @@ class StageRun:
         self._open = self._empty_ids = 0
         self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
         self._digest = stage_digest(self.stage)
+        self._claims = Claims(self)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._constraints = constraints_of(self.stage.evaluator)
         self.started = time.monotonic()
@@ -138,7 +140,7 @@ class StageRun:
                 self._fill(known)
                 if not self._open:
                     break
-                self._drain()
+                self.take(self._claims.wait())
         except KeyboardInterrupt:
             self.interrupted = True
             self.stop_reason = "interrupted"
@@ -330,7 +332,7 @@ class StageRun:
                         self._waiting[key] = []
             group.entered += 1
         if fresh:
-            self._submit(group, fresh)
+            self.submit(group, self._claims.mine(group, fresh))
         whole = group.entered == len(jobs)
         if whole:
             self._record_voids(group, group.end_id)
@@ -393,7 +395,7 @@ class StageRun:
         found = self._lookup([key], place, other_runs=False, stage=self.index)
         return of_answer(found[key]) if key in found else None
 
-    def _submit(self, group: Group, fresh: list[int]) -> None:
+    def submit(self, group: Group, fresh: list[int]) -> None:
         assert self.executor is not None
         for start in range(0, len(group.jobs), self.chunk):
             block = [row for row in fresh if start <= row < start + self.chunk]
@@ -402,7 +404,8 @@ class StageRun:
             if not self._exact:
                 block = self._whole_block(group, start)
             rows = 0 if self._exact else self.chunk
-            self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows))
+            jobs = group.jobs if len(block) == len(group.jobs) else group.jobs.take(block)
+            self.executor.submit(Chunk(jobs, self.evaluator_index, rows))
 
     def _whole_block(self, group: Group, start: int) -> list[int]:
         """All rows of a chunk whose values depend on their neighbours.
@@ -417,10 +420,6 @@ class StageRun:
     def _is_repeat(self, key: bytes, i: int) -> bool:
         """Whether this stage has an earlier job of the same candidate."""
         return self._repeats and self.algorithm.issued_before(key, i)
-
-    def _drain(self) -> None:
-        assert self.executor is not None
-        self.take(self.executor.wait())
 
     def take(self, finished: list[Done]) -> None:
         """Records finished chunks and tells the callbacks.
@@ -456,7 +455,7 @@ class StageRun:
             return
         whole = keep == list(range(len(done.evaluations)))
         evaluations = done.evaluations if whole else done.evaluations.take(keep)
-        self._record(group, rows, evaluations, done=done)
+        self._record(group, rows, evaluations, cached=done.cached, done=done)
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])
@@ -479,7 +478,8 @@ class StageRun:
         cached: bool = False,
         done: Done | None = None,
     ) -> None:
-        jobs = group.jobs if rows == list(range(len(group.jobs))) else group.jobs.take(rows)
+        # Rows are in order and differ, so that as many as there are are all of them.
+        jobs = group.jobs if len(rows) == len(group.jobs) else group.jobs.take(rows)
         now = time.time()
         flags = np.full(len(rows), cached)
         self.store.record(
@@ -510,6 +510,9 @@ class StageRun:
         cost_s: NDArray[np.float64],
     ) -> None:
         """Adds rows that are answered, in id order where repeats are jobs."""
+        if len(rows) == 1:
+            self._count_one(group, rows[0], bool(cached[0]), int(state[0]), float(cost_s[0]))
+            return
         jobs = group.jobs
         self.finished += len(rows)
         self.failed += int(((state != OK) & (state != PRUNED)).sum())
@@ -527,6 +530,28 @@ class StageRun:
             good = good[group.levels.counts[good]]
         if len(good):
             self.best_so_far.add(jobs.ids[good], jobs.population.take(good), group.losses[good])
+
+    def _count_one(self, group: Group, row: int, cached: bool, state: int, cost_s: float) -> None:
+        """The same for one row, as most algorithms ask for one candidate at a time."""
+        jobs, levels = group.jobs, group.levels
+        price = 1 if levels is None else float(levels.price[row])
+        self.finished += 1
+        self.failed += state not in (OK, PRUNED)
+        self.hits += cached
+        if not cached:
+            self._limits.spend_seconds(cost_s)
+        if not group.baseline[row]:
+            if not cached:
+                self.paid += 0 if state == INFEASIBLE else price
+            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+                self.repeated += 1
+            else:
+                self._free_hits += price
+        counts = levels is None or bool(levels.counts[row])
+        if counts and state == OK and group.violation[row] == 0:
+            here = slice(row, row + 1)
+            population = jobs.population if len(jobs) == 1 else jobs.population.take(here)
+            self.best_so_far.add(jobs.ids[here], population, group.losses[here])
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -560,15 +585,19 @@ class StageRun:
         for group in self._groups:
             if group.first_id >= bound:
                 return True
-            rows = group.jobs.ids < bound
-            if not group.done[rows].all():
+            done = group.done
+            if group.end_id > bound:
+                done = done[group.jobs.ids < bound]
+            if not done.all():
                 return False
         return True
 
     def _tell_below(self, bound: int) -> None:
         while self._groups and self._groups[0].first_id < bound:
             group = self._groups[0]
-            stop = int(np.searchsorted(group.jobs.ids, bound))
+            stop = len(group.jobs)
+            if group.end_id > bound:
+                stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
                 self.algorithm.tell(group.answers_until(stop, self.stage))
             if group.end_id > bound:

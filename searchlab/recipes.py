@@ -24,6 +24,7 @@ RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
     "checkpoint_mix": "searchlab.experiments.checkpoint_mix:RECIPE",
     "command": "searchlab.experiments.command:RECIPE",
+    "flasheval": "searchlab.experiments.flasheval:RECIPE",
     "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
     "table": "searchlab.experiments.table:RECIPE",

@@ -188,6 +188,7 @@ def run_recipe(
             place = getattr(stage.evaluator, "place", None)
             if place is not None:
                 place(out)
+        _place_logs(executor, out)
         opened()
         result = run(config, store=store, executor=executor, callbacks=callbacks)
     result.out = out
@@ -211,6 +212,7 @@ def run_in_database(
     from searchlab.search import run
 
     with _open_run(config, name, out, database) as store:
+        _place_logs(executor, out)
         result = run(config, store=store, executor=executor, callbacks=callbacks)
     result.out = out
     _write_result(result, out)
@@ -220,6 +222,12 @@ def run_in_database(
 
     write_report(result, out / "report.html")
     return result
+
+
+def _place_logs(executor: Executor | None, out: Path) -> None:
+    log_to: Callable[[Path], None] | None = getattr(executor, "log_to", None)
+    if log_to is not None:
+        log_to(out / "logs")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -49,9 +50,11 @@ from searchlab.executors import (
     ExecutorOptions,
     LocalExecutor,
     ProcessExecutor,
+    RayExecutor,
     usage_of,
 )
 from searchlab.final import FINAL_STAGE, Contender, contenders
+from searchlab.interruption import Interruption, note_interruption
 from searchlab.loop import Callback, StageRun
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
@@ -240,6 +243,7 @@ def run(
                 run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        note_interruption(executor, store)
         usage = usage_of(executor)
         if usage is not None and usage.busy_s > 0:
             store.set_meta("usage", usage.to_json())
@@ -257,6 +261,7 @@ def run(
         return result
     except KeyboardInterrupt:  # outside the stages, which keep what they have
         status = "interrupted"
+        note_interruption(executor, store)
         raise
     finally:
         executor.close()
@@ -424,6 +429,7 @@ def search(
     chunk: int | None = None,
     deadline: float | None = None,
     retries: int | None = None,
+    stop_grace: float | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Searches a space for what an objective likes best.
@@ -462,6 +468,9 @@ def search(
         chunk: candidates per call of the evaluator; kept by the run.
         deadline: seconds that one call of the evaluator may take; needs processes.
         retries: how often a call is repeated whose worker died or was too slow; needs processes.
+        stop_grace: seconds that evaluations have to finish after a Ctrl-C, SIGTERM or SIGUSR1,
+            which then end the search as "interrupted" (`searchlab.interruption`); None = signals do
+            what they do in Python, where a Ctrl-C drops what is being evaluated.
         callbacks: called after every recorded batch.
 
     Returns:
@@ -503,17 +512,20 @@ def search(
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
-    if isinstance(executor, ProcessExecutor):
+    if isinstance(executor, ProcessExecutor | RayExecutor):
         executor.check((evaluator,))  # before a run folder is made
-    if out is None and database is None:
-        return run(config, executor=executor, callbacks=callbacks)
-    from searchlab.runs import run_in_database
+    with ExitStack() as stack:
+        if stop_grace is not None:
+            executor = stack.enter_context(Interruption(stop_grace).listening()).guard(executor)
+        if out is None and database is None:
+            return run(config, executor=executor, callbacks=callbacks)
+        from searchlab.runs import run_in_database
 
-    folder = Path(out) if out is not None else Path("runs") / name
-    base = str(database) if database is not None else str(folder / "searchlab.db")
-    return run_in_database(
-        config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
-    )
+        folder = Path(out) if out is not None else Path("runs") / name
+        base = str(database) if database is not None else str(folder / "searchlab.db")
+        return run_in_database(
+            config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
+        )
 
 
 def as_evaluator(

@@ -1,4 +1,4 @@
-"""The thread that keeps worker processes alive, fed and within their deadlines."""
+"""What keeps worker processes alive, fed and within their deadlines: the driver and a thread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import DriverEnd, unpacked
+from searchlab.executors._watch import log_name, open_log, own_bytes, shorten_log
 from searchlab.executors.base import Chunk, Done, failed_chunk
 
 __all__ = ["Broken", "Retries", "Supervisor", "Task"]
 
+LOG_TICK = 10.0  # seconds between looks at how large the logs are
 TICK = 0.25  # seconds between looks at workers whose death their children hide
+RELIEF = 0.01  # seconds between looks of the thread at whether the driver is away
+AWAY = 0.003  # seconds after which the thread feeds the workers in the driver's place
 STARTS = 5  # when every worker failed to start so often in a row, the run ends
 FIRST_STARTS = 3  # the same when the run begins
 PAUSE = 0.1  # seconds before a worker is started again after it failed to, doubled each time
@@ -43,11 +48,13 @@ class Retries:
         death: after the worker died with it.
         timeout: after it took longer than the deadline.
         error: after the evaluator raised.
+        memory: after the worker used more than it may; a new one has not leaked anything yet.
     """
 
     death: int = 3
     timeout: int = 1
     error: int = 0
+    memory: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class _Worker:
     task: Task | None = None
     until: float = math.inf
     late: bool = False
+    used: int = 0  # bytes when they were too many
     broken: Broken | None = None
     starts: int = 0  # in a row that came to nothing
     resume_at: float = 0.0
@@ -100,12 +108,17 @@ class _Worker:
 
 
 class Supervisor:
-    """Owns the workers. Everything but `submit`, `stop` and the figures runs in its own thread.
+    """Owns the workers.
+
+    While the driver waits for results it hears and feeds the workers itself: no other thread has to
+    be woken between an answer and the worker's next task. A thread does the same while the driver
+    is away for longer (it learns, writes, or runs callbacks), and alone looks after processes.
+    Who holds `_turn` may touch the workers.
 
     Attributes:
         done: finished chunks, or the exception that ended the thread.
         opened: one item when the workers are ready: None, or why they are not.
-        busy_s, deaths, timeouts, repeats: see `Usage`.
+        busy_s, deaths, timeouts, repeats, overruns: see `Usage`.
         open: chunks that have not come back.
         last: when the last result came (monotonic seconds).
     """
@@ -119,11 +132,13 @@ class Supervisor:
         deadline: float | None,
         retries: Retries,
         environment: Mapping[str, str],
+        memory: int = 0,
+        logs: Path | None = None,
     ) -> None:
         self.done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
         self.opened: queue.SimpleQueue[Broken | None] = queue.SimpleQueue()
         self.busy_s = 0.0
-        self.deaths = self.timeouts = self.repeats = self.open = 0
+        self.deaths = self.timeouts = self.repeats = self.overruns = self.open = 0
         self.last = 0.0
         self._evaluators = evaluators
         self._opening = opening
@@ -132,31 +147,94 @@ class Supervisor:
             "death": retries.death,
             "timeout": retries.timeout,
             "error": retries.error,
+            "memory": retries.memory,
         }
+        self._memory = memory
+        self._logs = logs
+        self._shorten_at = 0.0
         self._environment = dict(environment)
         self._workers = [_Worker(number) for number in range(workers)]
         self._tasks: deque[Task] = deque()
         self._lock = threading.Lock()
         self._look_at = 0.0
+        self._ended = False  # a worker has closed its end
+        self._turn = threading.Lock()
+        self._waiting = False  # the driver wants the turn or has it
+        self._left_at = -math.inf
+        self._look_wanted = False
+        self._call, self._looked = threading.Event(), threading.Event()
         self._stopping = False
         self._announced = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_out.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._wake_in.fileno(), select.POLLIN)
+        self._by_number: dict[int, _Worker] = {}
         self._thread = threading.Thread(target=self._main, name="searchlab-supervisor", daemon=True)
         self._thread.start()
 
     # -- called by the driver ---------------------------------------------------------------
 
     def submit(self, task: Task) -> None:
-        """Queues a task; never blocks."""
+        """Queues a task, or gives it to a worker that has none; never blocks."""
         with self._lock:
             self.open += 1
             self._tasks.append(task)
-        self._wake()
+        if self._turn.acquire(blocking=False):
+            try:
+                self._assign()
+            finally:
+                self._turn.release()
+        else:
+            self._wake()
+
+    def attend(self, timeout: float | None) -> None:
+        """Serves the workers until something is `done`, at most so many seconds."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        self._waiting = True
+        try:
+            while not self._stopping:
+                if self._turn.locked():
+                    self._wake()  # the thread stands in, and makes room now
+                with self._turn:
+                    if self._attend(until):
+                        return
+                self._have_looked()
+        finally:
+            self._left_at = time.monotonic()
+            self._waiting = False
+
+    def _attend(self, until: float) -> bool:
+        """False as soon as somebody should look after the processes."""
+        while True:
+            self._assign()
+            empty = self.done.empty()
+            self._listen(until if empty else 0.0)
+            if not self.done.empty() or time.monotonic() >= until or self._stopping:
+                return True
+            if self._look_is_due():
+                return False
+
+    def _have_looked(self) -> None:
+        """Lets the thread look after the processes: a signal must not break that off."""
+        self._looked.clear()
+        self._look_wanted = True
+        self._call.set()
+        while self._look_wanted and self._thread.is_alive():
+            self._looked.wait(TICK)
+
+    def withdraw(self) -> list[Chunk]:
+        """Takes back the tasks that no worker has."""
+        with self._lock:
+            chunks = [task.chunk for task in self._tasks]
+            self._tasks.clear()
+            self.open -= len(chunks)
+        return chunks
 
     def stop(self) -> None:
         """Ends all workers, whatever they are doing; returns when they are gone."""
         self._stopping = True
+        self._call.set()
         if self._thread.is_alive():
             self._wake()
             self._thread.join()
@@ -174,22 +252,53 @@ class Supervisor:
 
     def _main(self) -> None:
         try:
-            for worker in self._workers:
-                self._start(worker)
+            with self._turn:
+                for worker in self._workers:
+                    self._start(worker)
             while not self._stopping:
-                self._assign()
-                self._listen()
-                self._look_after()
+                self._call.clear()
+                away = not self._waiting and time.monotonic() - self._left_at >= AWAY
+                if self._look_wanted or away:
+                    with self._turn:
+                        self._stand_in()
+                else:
+                    self._call.wait(RELIEF)
         except BaseException as error:
             self.opened.put(Broken("boot", type(error).__name__, str(error)))
             self.done.put(error)
+            self._stopping = True
         finally:
+            self._look_wanted = False
+            self._looked.set()
             self._end_all()
             self._wake_in.close()
             self._wake_out.close()
 
+    def _stand_in(self) -> None:
+        """Serves the workers until the driver comes back."""
+        if self._look_wanted or self._look_is_due():
+            self._look_after()
+            self._look_wanted = False
+            self._looked.set()
+        while not (self._stopping or self._waiting):
+            self._assign()
+            self._listen(math.inf)
+            if self._look_is_due():
+                self._look_after()
+
+    def _look_is_due(self) -> bool:
+        """Whether a process has ended, took too long, is to be started, or was not seen lately."""
+        now = time.monotonic()
+        return (
+            self._ended
+            or now >= self._look_at
+            or (self._deadline < math.inf and any(now >= worker.until for worker in self._workers))
+        )
+
     def _assign(self) -> None:
         """Gives the oldest tasks to workers that wait for one."""
+        if not self._tasks:
+            return
         for worker in self._workers:
             if worker.ready and worker.task is None and not self._feed(worker):
                 return
@@ -206,32 +315,36 @@ class Supervisor:
         worker.until = time.monotonic() + self._deadline
         assert worker.end is not None
         worker.end.send(task.message)
+        if worker.end.unsent:
+            self._watch(worker)
         return True
 
-    def _listen(self) -> None:
+    def _watch(self, worker: _Worker) -> None:
+        """Listens to a worker from now on, and for room to send it the rest of what it gets."""
+        assert worker.end is not None
+        wanted = select.POLLIN | (select.POLLOUT if worker.end.unsent else 0)
+        self._poll.register(worker.end.fileno(), wanted)
+        self._by_number[worker.end.fileno()] = worker
+
+    def _listen(self, until: float) -> None:
         """Waits until something happens, and hears what the workers say."""
-        poll = select.poll()
-        poll.register(self._wake_in.fileno(), select.POLLIN)
-        by_number: dict[int, _Worker] = {}
-        until = math.inf
-        for worker in self._workers:
-            if worker.end is None:
-                continue
-            wanted = select.POLLIN | (select.POLLOUT if worker.end.unsent else 0)
-            poll.register(worker.end.fileno(), wanted)
-            by_number[worker.end.fileno()] = worker
-            until = min(until, worker.until)
+        until = min(until, self._look_at)
+        if self._deadline < math.inf:
+            until = min(until, *(worker.until for worker in self._workers))
         wait = max(0.0, min(TICK, until - time.monotonic()))
-        for number, event in poll.poll(math.ceil(wait * 1e3)):
+        for number, event in self._poll.poll(math.ceil(wait * 1e3)):
             if number == self._wake_in.fileno():
                 self._wake_in.recv(4096)
                 continue
-            worker = by_number[number]
+            worker = self._by_number[number]
             assert worker.end is not None
             if event & select.POLLOUT:
                 worker.end.flush()
+                self._watch(worker)
             if event & ~select.POLLOUT:
-                for message in worker.end.read():
+                messages = worker.end.read()
+                self._ended |= worker.end.closed
+                for message in messages:
                     self._hear(worker, message, ended=worker.end.closed)
 
     def _hear(self, worker: _Worker, message: bytes, *, ended: bool) -> None:
@@ -300,9 +413,14 @@ class Supervisor:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        self._ended = False
         look = now >= self._look_at  # asking after each process costs as much as feeding one
         if look:
             self._look_at = now + TICK
+        if self._logs is not None and now >= self._shorten_at:
+            self._shorten_at = now + LOG_TICK
+            for worker in self._workers:
+                shorten_log(self._logs / log_name(worker.name))
         for worker in self._workers:
             if worker.process is None:
                 if now >= worker.resume_at:
@@ -311,22 +429,35 @@ class Supervisor:
             if worker.task is not None and now >= worker.until:
                 worker.late = True
                 self._bury(worker)
+            elif look and self._overruns(worker):
+                self._bury(worker)
             elif worker.end is None or worker.end.closed or (look and _has_ended(worker.process)):
                 if worker.end is not None and not worker.end.closed:
                     for message in worker.end.read():  # what it said before it ended
                         self._hear(worker, message, ended=True)
                 self._bury(worker)
 
+    def _overruns(self, worker: _Worker) -> bool:
+        """Whether a worker that is ready uses more memory than it may."""
+        if not self._memory or not worker.ready or worker.process is None:
+            return False
+        used = own_bytes(worker.process.pid)
+        worker.used = used if used > self._memory else 0
+        return worker.used > 0
+
     def _bury(self, worker: _Worker) -> None:
         """Clears up after a worker, decides about its task and starts another in its place."""
         code = self._end(worker)
-        task, late, was_ready = worker.task, worker.late, worker.ready
+        task, late, used, was_ready = worker.task, worker.late, worker.used, worker.ready
         worker.task, worker.until, worker.late, worker.ready = None, math.inf, False, False
+        worker.used = 0
+        self.overruns += used > 0
         if task is not None:
-            self.deaths += not late
+            self.deaths += not (late or used)
             self.timeouts += late
-            if not self._again(task, "timeout" if late else "death"):
-                self._fail(task, worker, self._reason(task, late, code))
+            cause = "timeout" if late else "memory" if used else "death"
+            if not self._again(task, cause):
+                self._fail(task, worker, self._reason(task, late, used, code))
         if not was_ready:
             worker.starts += 1
             broken = worker.broken or Broken("boot", "", f"the worker {_ending(code)}")
@@ -338,19 +469,27 @@ class Supervisor:
             if all(other.starts >= STARTS for other in self._workers):
                 raise RuntimeError(f"none can be started any more: {broken.error} {broken.text}")
             worker.resume_at = time.monotonic() + PAUSE * 2 ** min(worker.starts, 7)
+            self._look_at = min(self._look_at, worker.resume_at)
             return
         self._start(worker)
 
-    def _reason(self, task: Task, late: bool, code: int) -> str:
+    def _reason(self, task: Task, late: bool, used: int, code: int) -> str:
         attempts = f"{task.attempts} attempt{'s' if task.attempts > 1 else ''}"
         if late:
             return f"timeout: not done within {self._deadline:g} s, {attempts}"
+        if used:
+            limit = self._memory / 1e6
+            return f"memory: the worker used {used / 1e6:.0f} of {limit:.0f} MB, {attempts}"
         return f"lost: the worker {_ending(code)}, {attempts}"
 
     # -- processes --------------------------------------------------------------------------
 
     def _start(self, worker: _Worker) -> None:
         """A new process in a session of its own: a Ctrl-C goes to the driver alone."""
+        log = None
+        if self._logs is not None:
+            with suppress(OSError):  # a full disk must not end the run
+                log = open_log(self._logs / log_name(worker.name))
         ours, theirs = socket.socketpair()
         life_in, life_out = os.pipe()
         paths = [path or os.getcwd() for path in sys.path]
@@ -358,9 +497,16 @@ class Supervisor:
             worker.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", _BOOT, json.dumps(paths)),
-                    *(str(theirs.fileno()), str(life_in), worker.name),
+                    *(
+                        str(theirs.fileno()),
+                        str(life_in),
+                        worker.name,
+                        "log" if log is not None else "",
+                    ),
                 ],
                 stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 pass_fds=(theirs.fileno(), life_in),
                 env=self._environment,
                 start_new_session=True,
@@ -368,8 +514,11 @@ class Supervisor:
         finally:
             theirs.close()
             os.close(life_in)
+            if log is not None:
+                log.close()
         worker.end, worker.pipe, worker.broken = DriverEnd(ours), life_out, None
         worker.end.send(self._opening)
+        self._watch(worker)
 
     def _announce(self) -> None:
         if not self._announced and all(worker.ready for worker in self._workers):
@@ -387,6 +536,9 @@ class Supervisor:
         code = process.wait()
         os.close(worker.pipe)
         if worker.end is not None:
+            number = worker.end.fileno()
+            if self._by_number.pop(number, None) is not None:
+                self._poll.unregister(number)
             worker.end.close()
             worker.end = None
         return code
