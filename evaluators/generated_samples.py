@@ -82,6 +82,7 @@ class SampleScore:
 
     def start(self, replicate: int, n: int) -> Tensor:
         """The first n start states of a replicate, (n, *shape) float32."""
+        # Kept for the candidates that follow: drawing costs more than sampling a small network.
         if self._start is None or self._start[0] != (replicate, n):
             split, number = split_of(replicate)
             noise = noise_bank(split_seed(self.seed, split, number), 0, n, self.shape)

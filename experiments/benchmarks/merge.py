@@ -7,7 +7,7 @@ Parts: `exact` (moving averages, single checkpoints, precision, linearity, strea
 and its rivals in turn in one process, the best of several turns), `memory` (a bank four times as
 large as the memory it may take, in a process of its own), `ring` (a flow that is trained here:
 searches of 400 evaluations against the best of all known averages, on noise and reference data that
-the search never saw), `digits` (the bundled checkpoints, the recipe as it is).
+the search never saw), `digits` and `digits_more` (the bundled checkpoints, the recipe as it is).
 
 The rivals: an axpy loop (`acc.add_(row, alpha=a)` over the checkpoints, a float32 accumulator), and
 multiply-and-sum (`(rows * a[:, None]).sum(0)` in the stored dtype), which is how merging tools that
@@ -34,14 +34,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
-from searchlab.experiments.benchmarks._merge_searches import digits, ring
+from searchlab.experiments.benchmarks._merge_searches import digits, digits_more, ring
 from searchlab.spaces.checkpoint_mix import CheckpointBank, find_checkpoints, merge, states
 from searchlab.spaces.checkpoint_mix.baselines import ema
 from searchlab.spaces.checkpoint_mix.export import write_merged
 from searchlab.spaces.checkpoint_mix.merge import convex, move
 from searchlab.spaces.checkpoint_mix.variation import project
 
-PARTS = ("exact", "distances", "speed", "memory", "ring", "digits")
+PARTS = ("exact", "distances", "speed", "memory", "ring", "digits", "digits_more")
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -261,7 +261,7 @@ def _interleaved(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[s
 
 def speed(journal: Journal, quick: bool, folder: Path) -> None:
     """Merges beside a plain read, an axpy loop and multiply-and-sum."""
-    k, size = 50, 200_000 if quick else 3_000_000
+    k, size = 50, 200_000 if quick else 2_000_000
     for dtype in (torch.float32,) if quick else (torch.float32, torch.float16, torch.bfloat16):
         _speed_of(journal, folder / f"speed-{dtype}", k, size, dtype, 2 if quick else 7)
 
@@ -414,6 +414,7 @@ _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
     "memory": memory,
     "ring": ring,
     "digits": digits,
+    "digits_more": digits_more,
 }
 
 

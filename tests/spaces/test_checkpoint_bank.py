@@ -151,6 +151,26 @@ def test_a_bank_of_differences(tmp_path: Path) -> None:
         assert torch.equal(merge(bank, np.eye(K)[k : k + 1])[0][0], plain.row(k))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("delta", [None, "bfloat16"])
+def test_rows_on_a_device_give_the_same_but_for_rounding(
+    tmp_path: Path, dtype: torch.dtype, delta: Any
+) -> None:
+    write(tmp_path, dtype=dtype)
+    rows = np.concatenate([random_rows(3), np.eye(K)])
+    plain, bank = opened(tmp_path, delta=delta), opened(tmp_path, delta=delta, device="cpu")
+    assert bank.plan.storage == "device"
+    expected, found = merge(plain, rows)[0], merge(bank, rows)[0]
+    assert (found - expected).abs().max() <= 1e-6 * np.abs(rows).sum(axis=1).max()
+    assert torch.equal(found[3:], expected[3:])
+    groups = {name: int(name.startswith("blocks.1")) for name in bank.layout.mixed}
+    both = np.stack([random_rows(2, seed=1), random_rows(2, seed=2)], axis=1)
+    segments = bank.layout.segments(groups)
+    expected, found = (merge(b, both, segments=segments)[0] for b in (plain, bank))
+    assert (found - expected).abs().max() <= 1e-6 * np.abs(both).sum()
+    np.testing.assert_allclose(gram_matrix(bank), gram_matrix(plain), rtol=1e-4)
+
+
 def test_groups_are_mixed_apart(tmp_path: Path) -> None:
     write(tmp_path)
     bank = opened(tmp_path, tile=64)
@@ -389,7 +409,15 @@ def test_a_bank_is_built_once_and_goes_to_other_processes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"storage": "disk"}, {"delta": "int8"}, {"tile": 100}, {"storage": "mapped"}]
+    "options",
+    [
+        {"storage": "disk"},
+        {"delta": "int8"},
+        {"tile": 100},
+        {"storage": "mapped"},
+        {"device": "tpu"},
+        {"storage": "device"},
+    ],
 )
 def test_settings_of_a_bank(tmp_path: Path, options: dict[str, Any]) -> None:
     write(tmp_path)
