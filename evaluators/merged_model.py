@@ -99,10 +99,10 @@ class MergedModelEvaluator:
     def identity(self) -> Mapping[str, Any]:
         return {
             "version": VERSION,
-            "checkpoints": [sorted(found.items()) for found in self.bank.hashes],
+            "checkpoints": self.bank.hashes,
             "delta": self.bank.delta,
             "tile": self.bank.tile,
-            "groups": None if self.groups is None else sorted(self.groups.items()),
+            "groups": None if self.groups is None else dict(self.groups),
             "score": dict(self.score.identity()),
         }
 
@@ -212,7 +212,7 @@ class FunctionScore:
         if isinstance(answer, Tensor):
             answer = answer.detach().cpu().numpy()
         try:
-            numbers = np.asarray(answer, dtype=np.float64).reshape(-1)
+            numbers = np.asarray([] if answer is None else answer, dtype=np.float64).reshape(-1)
         except (TypeError, ValueError):
             numbers = np.empty(0)
         if len(numbers) != len(self.objectives):

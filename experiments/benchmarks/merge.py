@@ -89,7 +89,7 @@ def exact(journal: Journal, quick: bool, folder: Path) -> None:
     again = np.abs(project(rows) - rows).max()
     share = np.random.default_rng(1).random((5000, 1))
     children = share * rows[:5000] + (1 - share) * rows[5000:]
-    sums = max(sums, np.abs(children.sum(axis=1) - 1).max())
+    sums, again = float(max(sums, np.abs(children.sum(axis=1) - 1).max())), float(again)
     aims = [Aim("sum", sums, "at most", 1e-12), Aim("projected twice", again, "at most", 1e-12)]
     journal.case("projection, 10,000 rows", {"sum": sums, "projected_twice": again}, aims=aims)
 
@@ -214,7 +214,7 @@ def distances(journal: Journal, quick: bool, folder: Path) -> None:
             for _ in range(40)
         ]
         formula = d / n + d * (d + 1) / (4 * n)
-        off = abs(np.mean(values) / formula - 1)
+        off = float(abs(np.mean(values) / formula - 1))
         figures = {"mean": float(np.mean(values)), "formula": formula, "repetitions": 40}
         name = f"bias of the distance, d {d}, N {n}"
         journal.case(name, figures, aims=[Aim("off the formula", off, "at most", 0.05)])
@@ -229,7 +229,7 @@ def distances(journal: Journal, quick: bool, folder: Path) -> None:
     slow = time.process_time() - started
     offset = float(((statistics.mean() - reference.mean) ** 2).sum())
     classic = offset + np.trace(statistics.covariance() + reference.covariance - 2 * root.real)
-    error = abs(frechet_distance(statistics, reference) / float(classic) - 1)
+    error = float(abs(frechet_distance(statistics, reference) / float(classic) - 1))
     aims = [Aim("relative to sqrtm", error, "at most", 1e-6)]
     if not quick:
         aims.append(Aim("times faster", slow / ours, "at least", 10))
