@@ -58,7 +58,7 @@ class Refined:
     def __init__(self, *, prior: str = PREDICTED, new: str = "stack") -> None:
         kind = resolve(PREDICTORS, new, "predictor")
         if not getattr(kind, "folds_cheaply", False):
-            able = "gp, ridge, rf, gbdt, stack"
+            able = "gp, ridge, rf, gbdt, stack, mfes"
             raise ConfigError(f"new predictor {new!r}; allowed, as they hold labels out: {able}")
         self.prior, self.new = prior, new
         self._kind: type[BasePredictor] = kind

@@ -71,6 +71,7 @@ PREDICTORS: dict[str, str] = {
     "dele": "searchlab.predictors.dele:Dele",
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
+    "mfes": "searchlab.predictors.mfes:MultiFidelity",
     "refined": "searchlab.predictors.transfer:Refined",
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",

@@ -74,10 +74,10 @@ class Suite:
             out.append(kendall(predictor.rank(test), losses[cells.test]))
         return out
 
-    def order(self, sizes: Sequence[int]) -> None:
+    def order(self, sizes: Sequence[int], names: Sequence[str] = TABULAR) -> None:
         """Tau of every predictor, without any signal that needs training."""
         for n in sizes:
-            for name in TABULAR:
+            for name in names:
                 taus = self.taus(name, self.cells.table, n)
                 aims = []
                 if name == "stack":
@@ -168,7 +168,8 @@ class Suite:
         """How many test cells lie within the 90 % interval, and the density of their losses."""
         cells, losses = self.cells, self.cells.losses["cifar10"]
         truth = losses[cells.test]
-        shares, scores = [], {"stack": [], "gp without signals": []}  # type: dict[str, list[float]]
+        shares: list[float] = []
+        scores: dict[str, list[float]] = {"stack": [], "gp without signals": []}
         for seed in self.seeds:
             rows = cells.labels(n, seed)
             for name, kind, table in (
@@ -273,7 +274,7 @@ def _flasheval(suite: Suite) -> None:
 
 
 PARTS: dict[str, Callable[[Suite], None]] = {
-    "few": lambda suite: suite.order((25, 78)),
+    "few": lambda suite: suite.order((25, 78), TABULAR if suite.quick else (*TABULAR, "mfes")),
     "middle": lambda suite: suite.order((390,)),
     "many": lambda suite: suite.order((781,)),
     "times": Suite.times,
@@ -307,7 +308,7 @@ def _others(options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
     options = flags(__doc__, arguments, add=_parts)
-    journal = Journal("predictors", options, lines=_others(options))
+    journal = Journal("predictors", options)
     folder, quick = data_folder("nasbench201"), bool(options.quick)
     suite = None if folder is None else Suite(journal, read_cells(folder), quick)
     for name in options.part or (QUICK if quick else PARTS):
@@ -316,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             journal.skip(name, "no nasbench201 below $SEARCHLAB_DATA")
         else:
             PARTS[name](suite)
+    journal.lines[:0] = _others(options)  # late: parts may run beside each other
     return journal.close()
 
 
