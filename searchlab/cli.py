@@ -113,6 +113,8 @@ def _parser() -> _Parser:
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub.add_argument("--watch", action="store_true", help="as it goes on, until its driver ends")
+    sub.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="of --watch")
     sub = add("report", "write report.html again", _report)
     sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
     command_external.add_parsers(add)
@@ -356,6 +358,11 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.watch:
+        from searchlab.command_watch import watch
+        from searchlab.runs import find_run
+
+        return watch(find_run(options.run, options.database), options.interval)
     _, result = _stored_result(options)
     if options.json:
         print(json.dumps(result.to_json(), indent=1))

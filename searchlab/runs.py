@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchlab._live import LiveStatus
 from searchlab._study_lease import keep_alive
 from searchlab.errors import ConfigError, DataError, StudyError
 from searchlab.recipes import Recipe, load_recipe, options_from
@@ -190,7 +191,9 @@ def run_recipe(
                 place(out)
         _place_logs(executor, out)
         opened()
-        result = run(config, store=store, executor=executor, callbacks=callbacks)
+        live = LiveStatus(executor)
+        with live.kept(store):
+            result = run(config, store=store, executor=executor, callbacks=(live, *callbacks))
     result.out = out
     return result
 
@@ -213,7 +216,9 @@ def run_in_database(
 
     with _open_run(config, name, out, database) as store:
         _place_logs(executor, out)
-        result = run(config, store=store, executor=executor, callbacks=callbacks)
+        live = LiveStatus(executor)
+        with live.kept(store):
+            result = run(config, store=store, executor=executor, callbacks=(live, *callbacks))
     result.out = out
     _write_result(result, out)
     if any(group.winner is not None for group in result.groups):
@@ -273,7 +278,9 @@ def check_folder(path: Path) -> None:
 
 
 def _write_address(out: Path, name: str, database: str) -> None:
-    where = database
+    from searchlab._study_schema import without_password
+
+    where = without_password(database)  # others may read the folder
     if "://" not in database:
         where = os.path.relpath(Path(database).resolve(), out.resolve())
     write_text(out / RUN_FILE, json.dumps({"name": name, "database": where}, indent=1) + "\n")
