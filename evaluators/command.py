@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Fidelity, Objective, Signal
@@ -84,6 +84,8 @@ class CommandEvaluator:
     version: int = 1
     folder: Path | None = None
     probe: bool = field(default=False, init=False)
+    placeholders: ClassVar[tuple[str, ...]] = PLACEHOLDERS
+    required: ClassVar[tuple[str, ...]] = ("plan", "out")
     _commands: Commands | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -115,13 +117,13 @@ class CommandEvaluator:
             raise ConfigError("the command holds a NUL character")
         found = [match[2] for match in _MARK.finditer(self.command) if match[2]]
         for name in found:
-            if name not in PLACEHOLDERS:
-                known = " ".join(f"{{{p}}}" for p in PLACEHOLDERS)
+            if name not in self.placeholders:
+                known = " ".join(f"{{{p}}}" for p in self.placeholders)
                 raise ConfigError(
                     f"placeholder {{{name}}} in the command; allowed: {known} "
                     f"({{{{{name}}}}} stands for the word in braces itself)"
                 )
-        for name in ("plan", "out"):
+        for name in self.required:
             if name not in found:
                 raise ConfigError(f"the command {self.command!r} does not use {{{name}}}")
         if not self.by_shell:
@@ -210,6 +212,7 @@ class CommandEvaluator:
             "fidelity": row["fidelity"],
             "seed": str(row["seed"]),
             "id": str(row["candidate_id"]),
+            **self._more_marks(folder),
         }
         environment = dict(os.environ)
         if self.devices is not None:
@@ -231,6 +234,10 @@ class CommandEvaluator:
                 return self._outcome(ended, out, folder / "stderr.txt")
         tries = self.retries + 1
         return self._failed(f"exit code {AGAIN} (try again) in each of {tries} attempts")
+
+    def _more_marks(self, folder: Path) -> dict[str, str]:
+        """Values of further placeholders, for commands that are given more than a plan."""
+        return {}
 
     def _filled(self, marks: Mapping[str, str]) -> list[str] | str:
         """The command with its placeholders filled in."""

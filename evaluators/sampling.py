@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from searchlab.evaluator import (
 )
 from searchlab.evaluators.distances import FrechetReference, frechet_distances, kid
 from searchlab.evaluators.noise import Split, noise_bank, split_seed
+from searchlab.evaluators.schedule_signals import CheapSignals, ScheduleSignals
 from searchlab.evaluators.trajectories import MAX_BYTES, PrefixTree, Work
-from searchlab.population import FAILED, OK, Evaluations, Jobs
+from searchlab.population import FAILED, OK, Evaluations, Jobs, Population
 from searchlab.space import Space
 from searchlab.spaces.solver_schedule.noise_schedule import NoiseSchedule
 from searchlab.spaces.solver_schedule.schedule import Schedule
@@ -34,6 +35,7 @@ __all__ = ["SampleDistance", "SamplingEvaluator", "SamplingProblem", "split_of"]
 
 VERSION = 1
 REMEMBERED_BANKS = 2
+REMEMBERED_SIGNALS = 200_000  # candidates
 KID_BLOCK = 500  # rows per block of the kernel distance: its cost grows with the square
 
 
@@ -118,6 +120,10 @@ class SamplingEvaluator:
     features; "kid": kernel distance (unbiased, may be negative). On the selection and report splits
     the signal is "rmse" for a distance and "fd" for "rmse" (NaN in the search).
 
+    With `cheap`, `static_signals` gives figures of candidates that were never evaluated; they are
+    not filled in by `evaluate`. `signal_work` counts the model calls that they took, and the search
+    bank's reference solution is shared with the evaluations.
+
     Args:
         space: `plans` of it are schedules.
         problem: what to sample from.
@@ -129,6 +135,7 @@ class SamplingEvaluator:
         max_bytes: bound of the prefix tree per bank.
         max_rows: rows per model call.
         remember: use the prefix tree.
+        cheap: which figures there are without an evaluation; None = none.
     """
 
     space: Space
@@ -141,7 +148,9 @@ class SamplingEvaluator:
     max_bytes: int = MAX_BYTES
     max_rows: int = 4000
     remember: bool = True
+    cheap: CheapSignals | None = None
     work: Work = field(default_factory=Work)
+    remembers: ClassVar[bool] = True  # static signals: asking again costs nothing
 
     def __post_init__(self) -> None:
         if self.objective not in ("rmse", "fd", "kid"):
@@ -157,6 +166,8 @@ class SamplingEvaluator:
         if self.samples[0] < 2 or self.held_out < 2:
             raise ConfigError("samples and held_out are 2 or more")
         self._banks: OrderedDict[tuple[int, int], _Bank] = OrderedDict()
+        self._cheap: ScheduleSignals | None = None
+        self._figures: dict[bytes, NDArray[np.float64]] = {}
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -169,9 +180,60 @@ class SamplingEvaluator:
 
     @property
     def signals(self) -> tuple[Signal, ...]:
-        if self.distance is None:
-            return ()
-        return (Signal("fd" if self.objective == "rmse" else "rmse"),)
+        evaluated: tuple[Signal, ...] = ()
+        if self.distance is not None:
+            evaluated = (Signal("fd" if self.objective == "rmse" else "rmse"),)
+        if self.cheap is None:
+            return evaluated
+        unit = f"{self.cheap.samples} of {self.samples[-1]} samples"
+        static = tuple(
+            Signal(name, unit="no model call" if name == "truncation" else unit, when="static")
+            for name in self.cheap.names
+        )
+        return (*evaluated, *static)
+
+    @property
+    def signal_work(self) -> Work:
+        """What the static signals took so far, in this process."""
+        return Work() if self._cheap is None else self._cheap.work
+
+    def static_signals(self, population: Population) -> NDArray[np.float64]:
+        """Figures of candidates without an evaluation, float64 (n, signals), NaN = not among them.
+
+        They are remembered, so that a candidate is paid for once.
+        """
+        out = np.full((len(population), len(self.signals)), np.nan)
+        if self.cheap is None or not len(population):
+            return out
+        keys = self.space.keys(population)
+        fresh = {key: row for row, key in enumerate(keys) if key not in self._figures}
+        if len(self._figures) + len(fresh) > REMEMBERED_SIGNALS:
+            self._figures.clear()
+            fresh = {key: row for row, key in enumerate(keys)}
+        if fresh:
+            rows = np.array(list(fresh.values()), dtype=np.int64)
+            with torch.no_grad():
+                figures = self._signals()(self.space.plans(population.take(rows)))
+            self._figures.update(zip(fresh, figures, strict=True))
+        out[:, len(self.signals) - len(self.cheap.names) :] = [self._figures[key] for key in keys]
+        return out
+
+    def _signals(self) -> ScheduleSignals:
+        if self._cheap is None:
+            assert self.cheap is not None
+            n = self.samples[-1]
+            reference = self._reference(0, n)
+            start = self.problem.start(split_seed(self.seed, "search", 0), n)
+            problem = self.problem
+            self._cheap = ScheduleSignals(
+                self.cheap,
+                problem.denoise,
+                start,
+                reference,
+                noise=problem.noise,
+                mean=problem.mean,
+            )
+        return self._cheap
 
     @property
     def reproducibility(self) -> Reproducibility:
@@ -199,6 +261,8 @@ class SamplingEvaluator:
         if self.distance is not None:
             out["features"] = self.distance.features.model_hash
             out["reference"] = self.distance.reference.digest
+        if self.cheap is not None:
+            out["signals"] = list(self.cheap.names)
         return out
 
     def evaluate(self, jobs: Jobs) -> Evaluations:
@@ -269,8 +333,8 @@ class SamplingEvaluator:
         self._banks.move_to_end(key)
         return bank
 
-    def _errors(self, finals: Tensor, replicate: int, n: int) -> NDArray[np.float64]:
-        """Mean square error per candidate and sample, float64 (C, n)."""
+    def _reference(self, replicate: int, n: int) -> Tensor:
+        """The reference solution of the first n samples of a noise bank, (n, *shape) float64."""
         bank = self._bank(replicate, n)
         if bank.reference is None:
             split, number = split_of(replicate)
@@ -281,7 +345,11 @@ class SamplingEvaluator:
                 raise EvaluationError(
                     f"the reference solution of {self.problem.name} is not finite"
                 )
-        difference = (finals.double() - bank.reference).flatten(2)
+        return bank.reference
+
+    def _errors(self, finals: Tensor, replicate: int, n: int) -> NDArray[np.float64]:
+        """Mean square error per candidate and sample, float64 (C, n)."""
+        difference = (finals.double() - self._reference(replicate, n)).flatten(2)
         return np.asarray((difference**2).mean(dim=2).cpu().numpy())
 
     def _distances(self, finals: Tensor, *, kernel: bool) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from searchlab.evaluator import Fidelity, Objective, Signal
 from searchlab.evaluators._table_file import Kind, file_digest, make_space, numbers, read_table
 from searchlab.population import FAILED, Evaluations, Jobs, Population
 from searchlab.space import Space
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["TableEvaluator"]
 
@@ -85,7 +88,7 @@ class TableEvaluator:
         for name in errors:
             if name not in objectives:
                 raise ConfigError(f"std_error of {name!r}; allowed: {', '.join(objectives)}")
-        self._digest = file_digest(self.path)
+        self._digest, rows_digest = self._digests()
         self._choices = {
             "variables": list(kinds.items()),
             "columns": [list(columns) for _, columns, _ in levels],
@@ -99,9 +102,9 @@ class TableEvaluator:
         used = [*kinds, *values, *(s.name for s in self.signals), *errors.values()]
         used += [] if classes is None else [classes]
         texts = [name for name, kind in kinds.items() if kind == "digits"]
-        frame = read_table(self.path, texts, used)
+        frame = self._read(texts, used)
         self.space, rows = make_space(
-            frame, kinds, restrict=missing == "restrict", classes=classes, digest=self._digest
+            frame, kinds, restrict=missing == "restrict", classes=classes, digest=rows_digest
         )
         self._levels = np.stack(
             [np.stack([numbers(frame, c) for c in columns], axis=1) for _, columns, _ in levels]
@@ -120,6 +123,22 @@ class TableEvaluator:
                 self._errors[:, at] = numbers(frame, errors[objective])
         self._rows = self._index(Space(self.space.variables).keys(rows), merge=duplicates == "mean")
         self._has_errors = bool(errors) or duplicates == "mean"
+
+    def _digests(self) -> tuple[str, str]:
+        """Hashes of what the values, and of what the candidates are read from."""
+        digest = file_digest(self.path)
+        return digest, digest
+
+    def _read(self, texts: Sequence[str], used: Sequence[str]) -> pd.DataFrame:
+        """The table: `texts` are columns of text, `used` are all that have to be there."""
+        return read_table(self.path, texts, used)
+
+    def _measured(
+        self, level: int, replicate: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Values and standard errors of all rows, (rows, objectives); None = there are none."""
+        last = self._has_errors and level == len(self.fidelities) - 1
+        return self._levels[level], self._errors if last else None
 
     def _index(self, keys: Sequence[bytes], *, merge: bool) -> dict[bytes, int]:
         """Row of every candidate. Raises DataError for two rows of one candidate."""
@@ -154,27 +173,31 @@ class TableEvaluator:
         level = jobs.fidelity % len(self.fidelities)
         at = np.array([self._rows.get(key, -1) for key in jobs.keys], dtype=np.int64)
         found = at >= 0
-        values = np.where(found[:, None], self._levels[level][at], np.nan)
+        measured, errors = self._measured(level, jobs.replicate)
+        values = np.where(found[:, None], measured[at], np.nan)
         state = np.zeros(len(jobs), dtype=np.int8)
         reason = [""] * len(jobs)
         for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
             state[row] = FAILED
             reason[row] = self._why(int(at[row]), level)
-        last = self._has_errors and level == len(self.fidelities) - 1
         return Evaluations(
             values,
             state=state,
             reason=reason,
-            std_error=np.where(found[:, None], self._errors[at], np.nan) if last else None,
+            std_error=None if errors is None else np.where(found[:, None], errors[at], np.nan),
             signals=np.where(found[:, None], self._signals[at], np.nan),
         )
 
     def static_signals(self, population: Population) -> NDArray[np.float64]:
         """Signals of candidates without an evaluation, float64 (n, signals), NaN = missing."""
-        keys = self.space.keys(population)
-        at = np.array([self._rows.get(key, -1) for key in keys], dtype=np.int64)
+        at = self.rows_of(population)
         out: NDArray[np.float64] = np.where((at >= 0)[:, None], self._signals[at], np.nan)
         return out
+
+    def rows_of(self, population: Population) -> NDArray[np.int64]:
+        """Which row of the file each candidate is, (n,); -1 = there is none."""
+        keys = self.space.keys(population)
+        return np.array([self._rows.get(key, -1) for key in keys], dtype=np.int64)
 
     def _why(self, row: int, level: int) -> str:
         if row < 0:

@@ -23,11 +23,16 @@ from searchlab.recipes import Recipe
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
     from searchlab.config import AlgorithmSpec, Budget, SearchConfig
+    from searchlab.evaluators.schedule_signals import CheapSignals
     from searchlab.report import Section
     from searchlab.result import Result
     from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
 
 __all__ = ["RECIPE", "SolverScheduleOptions", "build"]
+
+
+KEPT = 24  # best known points per number of calls that go on to the search
+POOL = 16  # candidates whose signals are looked at for an evaluation
 
 
 def _option(default: Any, text: str) -> Any:
@@ -38,8 +43,10 @@ def _option(default: Any, text: str) -> Any:
 class SolverScheduleOptions:
     """Options of the recipe, all JSON values."""
 
-    preset: Literal["default", "released", "paper"] = _option(
-        "default", "default: ours; released: the search of the released code; paper: not yet"
+    preset: Literal["default", "guided", "released", "paper"] = _option(
+        "default",
+        "default: our evolution; guided: the same, led by a predictor; released: the search of the "
+        "released code; paper: stages of predictor search and true evaluation",
     )
     problem: Literal["digits", "mixture"] = _option(
         "digits", "bundled problem: digits (a trained model) or mixture (closed form)"
@@ -103,11 +110,6 @@ class SolverScheduleOptions:
             raise ConfigError(f"data_seed {self.data_seed}; allowed: 0 to 2**40 - 1")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ConfigError(f"threads {self.threads}; allowed: 1 to 1024")
-        if self.preset == "paper":
-            raise ConfigError(
-                "preset 'paper' is the predictor-guided search of the paper and comes with the "
-                "predictors; allowed now: default, released"
-            )
         self._check_problem()
 
     def _check_problem(self) -> None:
@@ -153,7 +155,7 @@ class _Room:
     evaluator: Any
     known: Seeds
     screened: bool
-    kept: int = 24  # best known points per number of calls that go on to the search
+    kept: int = KEPT
 
 
 def build(options: SolverScheduleOptions) -> SearchConfig:
@@ -241,13 +243,27 @@ def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> Algor
                 "repeats": "allow",
             },
         )
+    ours = {
+        **common,
+        "parents": ParentRule(start=8),
+        "variation": ScheduleVariation(),
+        "neighbour": 0.15,
+    }
+    if options.preset == "paper":
+        # A fifth of the recipe's own budget is the first sample, four stages share the rest.
+        first, batch = KEPT * len(groups) + 60 * len(groups), 60 * len(groups)
+        return AlgorithmSpec("staged", {"options": ours, "first": first, "batch": batch})
+    if options.preset == "default":
+        return AlgorithmSpec("evolution", ours)
     return AlgorithmSpec(
-        "evolution",
+        "guided",
         {
-            **common,
-            "parents": ParentRule(start=8),
-            "variation": ScheduleVariation(),
-            "neighbour": 0.15,
+            "wraps": "evolution",
+            "options": ours,
+            "predictor": "local",
+            "first_fit": KEPT * len(groups),  # what the known points give
+            "pool": POOL,
+            "fidelities": (),  # few samples are a signal already, and the better chosen ones
         },
     )
 
@@ -273,6 +289,7 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
             samples, held_out = (64, options.samples or 256), options.held_out or 2000
     counts: tuple[int, ...] = samples if samples[0] < samples[1] else samples[1:]
     space = SolverScheduleSpace(problem.noise, within)
+    known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
     evaluator = SamplingEvaluator(
         space,
         problem,
@@ -281,9 +298,24 @@ def _bundled_room(options: SolverScheduleOptions) -> _Room:
         samples=counts,
         held_out=held_out,
         seed=options.data_seed,
+        cheap=_cheap(space, known, counts[-1]),
     )
-    known = _known_points(space, "mixture" if options.problem == "mixture" else "digits")
     return _Room(space, evaluator, known, screened=len(counts) > 1)
+
+
+def _cheap(space: SolverScheduleSpace, known: Seeds, truth: int) -> CheapSignals | None:
+    """Signals of few samples; None where an evaluation is hardly more."""
+    import numpy as np
+
+    from searchlab.evaluators.schedule_signals import TRIED, CheapSignals
+
+    samples = max(32, truth // 16)
+    if truth < 3 * samples:
+        return None
+    plain = [row for row, origin in enumerate(known.origin) if origin.startswith("baseline:")]
+    rows = np.unique(np.linspace(0, len(plain) - 1, TRIED).round().astype(int))
+    panel = space.plans(known.population.take([plain[row] for row in rows.tolist()]))
+    return CheapSignals(tuple(panel), samples)
 
 
 def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:

@@ -16,12 +16,22 @@ from searchlab.external import parse_objective
 from searchlab.recipes import Recipe
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from searchlab.config import SearchConfig
     from searchlab.evaluators.table import TableEvaluator
     from searchlab.report import Section
     from searchlab.result import Result
 
-__all__ = ["NASBENCH201", "RECIPE", "NASBench201Options", "TableOptions"]
+__all__ = [
+    "NASBENCH201",
+    "RECIPE",
+    "NASBench201Options",
+    "TableOptions",
+    "check_algorithm",
+    "check_budget",
+    "place_among",
+]
 
 NEED_A_LIST = ("listed", "paired_race", "race")  # they propose nothing of their own
 
@@ -30,12 +40,13 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _check_algorithm(name: str) -> None:
+def check_algorithm(name: str, *, lists: bool = False) -> None:
+    """Raises ConfigError for an unknown algorithm, or without `lists` one that needs a list."""
     from searchlab.auto import AUTO
     from searchlab.config import ALGORITHMS, known_names
 
     known = [AUTO, *known_names(ALGORITHMS, "algorithm")]
-    allowed = [each for each in known if each not in NEED_A_LIST]
+    allowed = [each for each in known if lists or each not in NEED_A_LIST]
     if name not in allowed:
         raise unknown_name("algorithm of a table", name, allowed)
 
@@ -70,8 +81,8 @@ class TableOptions:
                 )
         if not self.objective:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
-        _check_budget(self.budget)
-        _check_algorithm(self.algorithm)
+        check_budget(self.budget)
+        check_algorithm(self.algorithm)
         names = [parse_objective(text).name for text in self.objective]
         if self.steer is not None and self.steer not in names:
             raise unknown_name("objective", self.steer, names)
@@ -92,11 +103,12 @@ class NASBench201Options:
     lag: int | None = _option(None, "jobs open at once; fixed when the run is opened")
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
-        _check_algorithm(self.algorithm)
+        check_budget(self.budget)
+        check_algorithm(self.algorithm)
 
 
-def _check_budget(budget: int | None) -> None:
+def check_budget(budget: int | None) -> None:
+    """Raises ConfigError for a negative number of evaluations."""
     if budget is not None and budget < 0:
         raise ConfigError(f"budget {budget}; allowed: 0 or more")
 
@@ -169,26 +181,30 @@ def build_nasbench201(options: NASBench201Options) -> SearchConfig:
 
 def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
     """Where the best that was found stands among all rows of the table."""
-    import numpy as np
-
     from searchlab.errors import StudyError
-    from searchlab.report import Section
 
     stage = config.stages[-1]
     evaluator = cast("TableEvaluator", stage.evaluator)
     if stage.trades:  # several objectives have no rank
         return ()
-    objective = evaluator.objectives[stage.main]
-    sign = stage.sign
-    losses = sign * evaluator.values()[:, stage.main]
-    losses = losses[np.isfinite(losses)]
     try:
         found = result.best.contender.search
     except StudyError:  # nothing succeeded
         return ()
+    values = evaluator.values()[:, stage.main]
+    return place_among(values, found, evaluator.objectives[stage.main].name, stage.sign)
+
+
+def place_among(values: NDArray[Any], found: float, name: str, sign: float) -> Sequence[Section]:
+    """Where a value stands among those of all rows; `sign` is -1 where more is better."""
+    import numpy as np
+
+    from searchlab.report import Section
+
+    losses = sign * values[np.isfinite(values)]
     rank = 1 + int((losses < sign * found).sum())
     row = {
-        "objective": objective.name,
+        "objective": name,
         "found": found,
         "best of the table": float(sign * losses.min()),
         "rank": f"{rank} of {len(losses)}",

@@ -18,11 +18,22 @@ from searchlab.predictors.preprocess import Features, Inputs, Labels, usable_los
 from searchlab.space import Space
 from searchlab.uniforms import derived
 
-__all__ = ["BasePredictor", "normals_of"]
+__all__ = ["BasePredictor", "folds_of", "normals_of"]
 
 Floats = NDArray[np.float64]
 Folds = Sequence[NDArray[np.int64]]
 State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+
+
+LEAST = 4  # labels of which some can be left out
+FEW, FEW_FOLDS, FOLDS = 40, 10, 5  # where labels are few, a fit to fewer says too little
+
+
+def folds_of(n: int, seed: int) -> list[NDArray[np.int64]]:
+    """The rows of each group of labels that are left out together; each label is in one."""
+    order = np.random.default_rng(seed).permutation(n)
+    folds = min(n, FEW_FOLDS if n < FEW else FOLDS)
+    return [np.sort(order[fold::folds]) for fold in range(folds)]
 
 
 def normals_of(u: Floats, width: int) -> Floats:
@@ -48,11 +59,13 @@ class BasePredictor:
     name: ClassVar[str]
     labels_kind: ClassVar[Literal["standard", "ranks"]] = "ranks"
     keeps_data: ClassVar[bool] = False  # whether its state holds the candidates it learnt from
+    folds_cheaply: ClassVar[bool] = False  # whether `left_out` costs no more than a fit or so
 
     def __init__(self) -> None:
         self._inputs: Inputs | None = None
         self._labels: Labels | None = None
         self.n_labels = 0
+        self._fit_to: tuple[Features, Floats, int] | None = None
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.fit`."""
@@ -60,7 +73,9 @@ class BasePredictor:
         inputs = Inputs(table, pool)
         labels = Labels(usable, self.labels_kind)
         self._prepare(inputs, None if pool is None else inputs(pool))
-        self._learn(inputs(table), labels.targets, seed)
+        features = inputs(table)
+        self._learn(features, labels.targets, seed)
+        self._fit_to = features, labels.targets, seed
         self._inputs, self._labels, self.n_labels = inputs, labels, len(table)
 
     def update(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
@@ -80,6 +95,19 @@ class BasePredictor:
         """See `Predictor.draw`: independent at each candidate unless a subclass knows better."""
         features, labels = self._ready(table)
         return labels.values(self._draw(features, u))
+
+    def held_out(self) -> Floats | None:
+        """See `HoldsOut.held_out`."""
+        if self._fit_to is None or self._labels is None or not self.folds_cheaply:
+            return None
+        features, targets, seed = self._fit_to
+        if len(targets) < LEAST or not np.ptp(targets):
+            return None
+        said = self._held_out(features, targets, seed)
+        return None if said is None else self._labels.values(said)
+
+    def _held_out(self, features: Features, targets: Floats, seed: int) -> Floats | None:
+        return self.left_out(features, targets, folds_of(len(targets), seed), seed)
 
     def _draw(self, features: Features, u: Floats) -> Floats:
         mean, sd = self._scores(features)
@@ -104,13 +132,17 @@ class BasePredictor:
         raise NotImplementedError
 
     def left_out(self, features: Features, targets: Floats, folds: Folds, seed: int) -> Floats:
-        """Scores of each label by a fit that did not see it, (n,); `folds` are its groups."""
+        """Scores of each label by a fit that did not see it, (n,); `folds` are its groups.
+
+        The mean of the scores of what was fitted is taken off each fold's, see `HoldsOut`.
+        """
         out = np.empty(len(targets))
         for rows in folds:
             rest = np.setdiff1d(np.arange(len(targets)), rows)
             other = copy.copy(self)
             other._learn(features.take(rest), targets[rest], seed)
-            out[rows] = other._scores(features.take(rows))[0]
+            centre = other._scores(features.take(rest))[0].mean()
+            out[rows] = other._scores(features.take(rows))[0] - centre
         return out
 
     def _state(self) -> State:

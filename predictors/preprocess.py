@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 
 from searchlab.errors import ConfigError
 from searchlab.predictor import Table
+from searchlab.predictors.impute import ROWS, Imputer
 from searchlab.space import Space, Tokens
 
 __all__ = ["Features", "Inputs", "Labels", "usable_losses"]
@@ -21,6 +22,8 @@ Floats = NDArray[np.float64]
 
 KNOTS = 257  # of a signal's distribution
 QUANTILES = 65  # of the labels' distribution
+BEYOND = 2.0  # most that the score of a value outside of what was seen goes on
+WIDE = 256  # codes beyond which only their means fill signals in
 _EQUAL = 1e-9
 _FAR = 6.0  # robust standard deviations; losses beyond are cut
 
@@ -57,10 +60,27 @@ class _Ruler:
         return _Ruler(values, scores, low, high)
 
     def __call__(self, column: Floats) -> Floats:
-        """Scores float64 (n,); missing = 0, the middle."""
+        """Scores float64 (n,); missing = 0."""
         there = np.where(np.isnan(column), self.low, column)
-        scores = np.interp(np.clip(there, self.low, self.high), self.values, self.scores)
+        there = np.clip(there, self.low, self.high)
+        scores = np.interp(there, self.values, self.scores) + self._beyond(there)
         return np.where(np.isnan(column), 0.0, scores)
+
+    def _beyond(self, there: Floats) -> Floats:
+        """How far scores go on outside what was seen, at the slope of the nearest tenth of it.
+
+        A search looks for what is better than anything known: such values must stay apart.
+        """
+        tenth = max(1, len(self.values) // 10)
+        out = np.zeros(len(there))
+        for end, inner, side in ((0, tenth, -1.0), (-1, -1 - tenth, 1.0)):
+            if len(self.values) <= tenth:
+                continue
+            run = abs(float(self.values[inner] - self.values[end]))
+            slope = abs(float(self.scores[inner] - self.scores[end])) / run
+            past = np.maximum(side * (there - self.values[end]), 0.0)
+            out += side * np.minimum(slope * past, BEYOND)
+        return out
 
 
 @dataclass(frozen=True)
@@ -69,8 +89,10 @@ class Features:
 
     Attributes:
         x: (n, code_width), the codes of the space.
-        scores: (n, k), normal scores of the signals that say something; 0 where missing.
-        missing: (n, f), 1 where a signal is missing that is there for others.
+        scores: (n, k), normal scores of the signals that say something; where missing, what is
+            expected.
+        missing: (n, f), above 0 where a signal is missing that is there for others: 1 if that
+            follows from the codes, less if it seems to be chance.
         means: (n, k), means of the codes over the elements of each variable: of choices the share
             of every label.
         elements: of a candidate.
@@ -115,7 +137,9 @@ class Inputs:
 
     A signal becomes the normal score of its rank among those seen, linear between them: units,
     outliers and monotone transformations change nothing. Signals that are constant, never there, or
-    ordered as an earlier one (forwards or backwards) are left out.
+    ordered as an earlier one (forwards or backwards) are left out. A missing score is filled in
+    from the other signals and the codes; a flag says that it was missing, weighted by how far that
+    follows from the codes.
 
     Args:
         table: the labelled candidates.
@@ -129,10 +153,11 @@ class Inputs:
         self.directions = table.directions
         self.rulers: dict[int, _Ruler] = {}
         self.flags: list[int] = []
-        seen = table.signals
+        seen, codes = table.signals, _codes(table)
         if pool is not None:
             self._check(pool)
             seen = np.concatenate([seen, pool.signals])
+            codes = np.concatenate([codes, _codes(pool)])
         scores: list[Floats] = []
         flags: list[Floats] = []
         for at in range(seen.shape[1]):
@@ -148,6 +173,11 @@ class Inputs:
                 continue
             self.rulers[at] = ruler
             scores.append(column)
+        self.weights = np.array([_foreseen(codes, flag) for flag in flags])
+        self.imputer: Imputer | None = None
+        if scores:
+            missing = np.isnan(seen[:, list(self.rulers)])
+            self.imputer = Imputer.of(codes, np.stack(scores, axis=1), missing)
 
     def _check(self, table: Table) -> None:
         if table.space is not self.space and table.space.fingerprint != self.fingerprint:
@@ -169,11 +199,15 @@ class Inputs:
         """
         self._check(table)
         n = len(table)
-        scores = [ruler(table.signals[:, at]) for at, ruler in self.rulers.items()]
+        parts = [ruler(table.signals[:, at]) for at, ruler in self.rulers.items()]
+        scores = np.stack(parts, axis=1) if parts else np.empty((n, 0))
+        missing = np.isnan(table.signals[:, list(self.rulers)])
+        if self.imputer is not None and missing.any():
+            scores = self.imputer(_codes(table), scores, missing)
         return Features(
             table.x.astype(np.float64),
-            np.stack(scores, axis=1) if scores else np.empty((n, 0)),
-            np.isnan(table.signals[:, self.flags]).astype(np.float64),
+            scores,
+            np.isnan(table.signals[:, self.flags]) * self.weights,
             _means(self.space, table.x),
             float(self.space.size),
             table.tokens,
@@ -187,6 +221,7 @@ class Inputs:
             "directions": list(self.directions),
             "kept": list(self.rulers),
             "flags": self.flags,
+            "weights": self.weights.tolist(),
         }
         none = np.empty(0)
         arrays = {
@@ -195,6 +230,8 @@ class Inputs:
             "lengths": np.array([len(r.values) for r in rulers], dtype=np.int64),
             "ends": np.array([[r.low, r.high] for r in rulers]).reshape(-1, 2),
         }
+        if self.imputer is not None:
+            arrays |= {f"imputer_{name}": a for name, a in self.imputer.arrays().items()}
         return config, arrays
 
     @staticmethod
@@ -207,6 +244,10 @@ class Inputs:
         self.signal_names = tuple(config["signals"])
         self.directions = tuple(config["directions"])
         self.flags = list(config["flags"])
+        self.weights = np.array(config["weights"], dtype=np.float64)
+        head = "imputer_"
+        named = {name[len(head) :]: a for name, a in arrays.items() if name.startswith(head)}
+        self.imputer = Imputer.of_arrays(named) if named else None
         cuts = np.cumsum(arrays["lengths"])[:-1]
         parts = zip(
             config["kept"],
@@ -220,6 +261,30 @@ class Inputs:
             for at, values, scores, ends in parts
         }
         return self
+
+
+def _codes(table: Table) -> Floats:
+    """What missing signals are filled in from: codes, or means of them where these are many."""
+    if table.x.shape[1] > WIDE:
+        return _means(table.space, table.x)
+    return table.x.astype(np.float64)
+
+
+def _foreseen(codes: Floats, flag: NDArray[np.bool_]) -> float:
+    """How far a flag follows from the codes, 0 to 1; what is missing by chance says nothing.
+
+    It is the correlation of every other row's flag with a ridge regression on the rows between.
+    """
+    some = np.linspace(0, len(codes) - 1, min(len(codes), ROWS)).round().astype(np.int64)
+    codes, wanted = codes[some] - codes[some].mean(axis=0), flag[some].astype(np.float64)
+    wanted = wanted - wanted.mean()
+    said = np.zeros(len(codes))
+    for half in (0, 1):
+        fit, test = codes[half::2], codes[1 - half :: 2]
+        gram = fit.T @ fit + np.eye(codes.shape[1])
+        said[1 - half :: 2] = test @ np.linalg.solve(gram, fit.T @ wanted[half::2])
+    size = float(np.sqrt((said @ said) * (wanted @ wanted)))
+    return max(0.0, float(said @ wanted) / size) if size > 0 else 0.0
 
 
 def _means(space: Space, x: NDArray[np.float32]) -> Floats:

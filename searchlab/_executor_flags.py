@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["add_flags", "check_pace", "executor_options", "with_pace"]
 
 _PACE = ("lag", "chunk")
+_CLUSTER = {  # flag -> option of executor ray
+    "ray_address": "address",
+    "gpus_per_worker": "gpus",
+    "cpus_per_worker": "cpus",
+    "resources": "resources",
+    "at_once": "at_once",
+    "missing": "missing",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -> None:
     """Adds the options, apart from those that a recipe has itself."""
     group = parser.add_argument_group("workers")
-    group.add_argument("--executor", metavar="NAME", help="local or processes; by the workers")
+    group.add_argument("--executor", metavar="NAME", help="local, processes or ray; by the workers")
     group.add_argument("--workers", type=int, metavar="N", help="worker processes (1)")
     group.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="for one call of the evaluator; no limit"
@@ -40,7 +48,8 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         dest="memory_per_worker",
         type=_bytes,
         metavar="SIZE",
-        help="such as 2GiB; a worker that uses more is replaced; no limit",
+        help="such as 2GiB; a worker that uses more is replaced; on a cluster it is also reserved; "
+        "no limit",
     )
     group.add_argument(
         "--stop-grace",
@@ -50,6 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         help="that evaluations have to finish after Ctrl-C, SIGTERM or SIGUSR1 "
         f"({GRACE_S:g}); a second signal stops at once",
     )
+    _add_cluster_flags(parser.add_argument_group("workers of executor ray"))
     opened = "fixed when the run is opened"
     if "lag" not in taken:
         text = f"evaluations open at once, or free; {opened} (2 per worker)"
@@ -57,6 +67,39 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
     if "chunk" not in taken:
         text = f"candidates per call of the evaluator; {opened}"
         group.add_argument("--chunk", type=int, metavar="N", help=text)
+
+
+def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of a cluster, or auto (one of our own on this machine)",
+    )
+    group.add_argument(
+        "--gpus-per-worker", type=float, metavar="N", help="of one node; a fraction shares one (0)"
+    )
+    group.add_argument(
+        "--cpus-per-worker", type=float, metavar="N", help="reserved on the node (1)"
+    )
+    group.add_argument(
+        "--resources", type=_resources, metavar="NAME=N,...", help="custom ones per worker"
+    )
+    group.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="calls per worker, where the evaluator allows threads (1)",
+    )
+    group.add_argument(
+        "--missing",
+        choices=("stop", "wait"),
+        help="what to do while no node has room for a worker (stop)",
+    )
+
+
+def _resources(text: str) -> dict[str, float]:
+    pairs = (part.partition("=") for part in text.split(","))
+    return {name: float(value) for name, _, value in pairs}
 
 
 def _lag(text: str) -> int | str:
@@ -77,12 +120,16 @@ def _bytes(text: str) -> int:
 
 def executor_options(given: argparse.Namespace) -> ExecutorOptions:
     """Which executor the options ask for; a wrong combination is an error at once."""
-    from searchlab.executors.options import ExecutorOptions
+    from searchlab.executors import ExecutorOptions, RayExecutor
 
+    more = {option: getattr(given, flag) for flag, option in _CLUSTER.items()}
     options = ExecutorOptions(
-        given.executor, given.workers, given.deadline, given.retries, given.memory_per_worker
+        given.executor, given.workers, given.deadline, given.retries, given.memory_per_worker, more
     )
-    options.build().close()
+    executor = options.build()
+    if isinstance(executor, RayExecutor):
+        executor.prepare()
+    executor.close()
     return options
 
 

@@ -79,6 +79,8 @@ class LevelRule:
 
     def of(self, jobs: Jobs) -> Levels | None:
         """What the jobs of one group count; None where each counts as one."""
+        if not self.chosen:
+            return None
         n = len(jobs)
         return self.each(np.full(n, jobs.fidelity), np.full(n, jobs.replicate))
 

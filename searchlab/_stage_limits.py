@@ -35,7 +35,12 @@ class Limits:
 
     def spend(self, cost_s: NDArray[np.float64]) -> None:
         """Adds paid evaluations by their seconds."""
-        self.device_seconds += float(np.nansum(cost_s)) * self._devices
+        self.spend_seconds(float(np.nansum(cost_s)))
+
+    def spend_seconds(self, seconds: float) -> None:
+        """Adds paid evaluations that took so long together; NaN = not known."""
+        if seconds == seconds:
+            self.device_seconds += seconds * self._devices
 
     def reached(self, best: Iterable[float]) -> str:
         """Why the stage ends here, or "" where it goes on.

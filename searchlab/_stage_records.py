@@ -85,10 +85,13 @@ class Group:
     def answers_until(self, stop: int, stage: Stage) -> Told:
         """The answers of the rows that were not told yet, up to `stop`; they are told now."""
         rows = slice(self.told, stop)
+        population = self.jobs.population
+        if stop - self.told < len(self.jobs):
+            population = population.take(rows)
         self.told = stop
         return Told(
             self.jobs.ids[rows],
-            self.jobs.population.take(rows),
+            population,
             self.losses[rows] if stage.steer is None else self.losses[rows][:, [stage.main]],
             self.violation[rows],
             None if self.jobs.predicted is None else self.jobs.predicted[rows],

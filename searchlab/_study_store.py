@@ -287,6 +287,14 @@ class Recorder(ABC):
 
     def _note(self, ids: NDArray[np.int64]) -> None:
         """Marks ids as recorded. Raises StudyError for one that is marked already."""
+        if len(ids) == 1 and 0 <= (i := int(ids[0])) <= MAX_ID:
+            flags = self._seen.get(i // _PAGE)
+            if flags is None:
+                flags = self._seen[i // _PAGE] = np.zeros(_PAGE, dtype=bool)
+            if flags[i % _PAGE]:
+                raise self._repeated(i)
+            flags[i % _PAGE] = True
+            return
         if not len(ids):
             return
         low, high = int(ids.min()), int(ids.max())

@@ -36,7 +36,6 @@ __all__ = [
 AUTO = "auto"
 SMALL = 60  # evaluations; up to here every single one is thought over
 MEDIUM = 300  # up to here a predictor pays for itself
-LATER_FIT = 16  # labels before the first fit where there are more evaluations than few
 MANY_OBJECTIVES = 4  # from here on crowding says little, and directions spread a front better
 SHARE_OF_BASELINES = 3  # baselines get at most one part in so many of the budget
 _META = "auto"
@@ -92,8 +91,8 @@ def choose(
     reason = f"{many} of {what}"
     if evaluations is not None and evaluations <= MEDIUM:
         if registered("guided"):
-            later = {"first_fit": LATER_FIT} if evaluations > SMALL else {}
-            return Chosen(AlgorithmSpec("guided", later), reason)
+            # Without options that follow the budget: a larger one goes on where this one ends.
+            return Chosen(AlgorithmSpec("guided"), reason)
         reason += ", without a predictor"
     if prunes:
         return Chosen(

@@ -58,20 +58,24 @@ ALGORITHMS: dict[str, str] = {
     "random": "searchlab.algorithms.simple:Random",
     "regularised_evolution": "searchlab.algorithms.aging:RegularisedEvolution",
     "separable": "searchlab.algorithms.separable:Separable",
+    "staged": "searchlab.algorithms.staged:Staged",
     "successive_halving": "searchlab.algorithms.halving:SuccessiveHalving",
     "tpe": "searchlab.algorithms.optuna:TPE",
 }
 EXECUTORS: dict[str, str] = {
     "local": "searchlab.executors.local:LocalExecutor",
     "processes": "searchlab.executors.processes:ProcessExecutor",
+    "ray": "searchlab.executors.ray:RayExecutor",
 }
 PREDICTORS: dict[str, str] = {
     "dele": "searchlab.predictors.dele:Dele",
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
+    "local": "searchlab.predictors.local:Local",
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",
+    "steps": "searchlab.predictors.steps:Steps",
 }
 
 MAX_REPLICATES = 64  # of one split of a final; ids of finals are laid out for so many

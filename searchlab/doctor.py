@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import time
 from pathlib import Path
 
@@ -52,11 +51,7 @@ def report_lines(database: str | None = None) -> list[str]:
             + ' (diffusers and transformers come with "searchlab[diffusers]")'
         )
     lines.append(_devices())
-    nvcc = shutil.which("nvcc")
-    lines.append(
-        f"CUDA compiler: {'nvcc on the path' if nvcc else 'none'}; this version has no "
-        "fused kernels yet, all evaluation goes through torch"
-    )
+    lines.append(importlib.import_module("searchlab.cuda_ext.library").report_line())
     lines.append(_zoo())
     lines.append(_database(database))
     return lines

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, runtime_
 import numpy as np
 
 from searchlab.errors import ConfigError, EvaluationError
-from searchlab.population import Evaluations, Jobs
+from searchlab.population import FAILED, Evaluations, Jobs
 from searchlab.space import Space
 
 __all__ = [
@@ -150,9 +150,10 @@ def identity_digest(evaluator: Evaluator) -> str:
 
 def losses(evaluations: Evaluations, objectives: Sequence[Objective]) -> np.ndarray[Any, Any]:
     """What an algorithm minimises: float64 (n, m), +inf in rows that are not ok, never NaN."""
-    signs = np.array([1.0 if o.direction == "min" else -1.0 for o in objectives])
+    out = evaluations.values
+    if any(objective.direction != "min" for objective in objectives):
+        out = out * np.array([1.0 if o.direction == "min" else -1.0 for o in objectives])
     assert evaluations.state is not None
-    out = evaluations.values * signs
     return np.where((evaluations.state == 0)[:, None] & np.isfinite(out), out, np.inf)
 
 
@@ -198,26 +199,23 @@ class FunctionEvaluator:
             return self._shaped(
                 self.function(plans, fidelity, self.seed + jobs.replicate), len(jobs)
             )
-        parts: list[Evaluations] = []
+        n = len(plans)
+        values = np.full((n, len(self.objectives)), np.nan)
+        state, reason = np.zeros(n, np.int8), [""] * n
         notes: dict[str, str] = {}
-        for plan in plans:
+        for row, plan in enumerate(plans):
             try:
-                parts.append(self._shaped([self.function(**plan)], 1))
+                values[row] = self._values([self.function(**plan)], 1)[0]
             except Exception as error:  # one candidate's failure is that candidate's result
                 notes.setdefault("traceback", traceback.format_exc())
-                parts.append(
-                    Evaluations.failed(1, len(self.objectives), f"{type(error).__name__}: {error}")
-                )
-        return Evaluations(
-            values=np.concatenate([part.values for part in parts]),
-            state=np.concatenate([part.state for part in parts if part.state is not None]),
-            reason=[reason for part in parts for reason in part.reason or ()],
-            notes=notes,
-        )
+                state[row], reason[row] = FAILED, f"{type(error).__name__}: {error}"
+        return Evaluations(values=values, state=state, reason=reason, notes=notes)
 
     def _shaped(self, answer: Any, n: int) -> Evaluations:
-        if isinstance(answer, Evaluations):
-            return answer
+        return answer if isinstance(answer, Evaluations) else Evaluations(self._values(answer, n))
+
+    def _values(self, answer: Any, n: int) -> np.ndarray[Any, Any]:
+        """What the function returned for n candidates as float64 (n, objectives)."""
         if answer is None or (isinstance(answer, list) and any(part is None for part in answer)):
             raise EvaluationError("the function returned None; allowed: numbers")
         if isinstance(answer, list | tuple) and any(isinstance(part, Mapping) for part in answer):
@@ -232,7 +230,7 @@ class FunctionEvaluator:
                 f"the function returned shape {values.shape} for {n} candidates and {m} "
                 f"objectives; allowed: ({n}, {m})"
             )
-        return Evaluations(values=values.reshape(n, m))
+        return values.reshape(n, m)
 
     def _ordered(self, answer: Any) -> Any:
         """A dict of values as a tuple in the order of the objectives."""

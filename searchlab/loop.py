@@ -404,7 +404,8 @@ class StageRun:
             if not self._exact:
                 block = self._whole_block(group, start)
             rows = 0 if self._exact else self.chunk
-            self.executor.submit(Chunk(group.jobs.take(block), self.evaluator_index, rows))
+            jobs = group.jobs if len(block) == len(group.jobs) else group.jobs.take(block)
+            self.executor.submit(Chunk(jobs, self.evaluator_index, rows))
 
     def _whole_block(self, group: Group, start: int) -> list[int]:
         """All rows of a chunk whose values depend on their neighbours.
@@ -477,7 +478,8 @@ class StageRun:
         cached: bool = False,
         done: Done | None = None,
     ) -> None:
-        jobs = group.jobs if rows == list(range(len(group.jobs))) else group.jobs.take(rows)
+        # Rows are in order and differ, so that as many as there are are all of them.
+        jobs = group.jobs if len(rows) == len(group.jobs) else group.jobs.take(rows)
         now = time.time()
         flags = np.full(len(rows), cached)
         self.store.record(
@@ -508,6 +510,9 @@ class StageRun:
         cost_s: NDArray[np.float64],
     ) -> None:
         """Adds rows that are answered, in id order where repeats are jobs."""
+        if len(rows) == 1:
+            self._count_one(group, rows[0], bool(cached[0]), int(state[0]), float(cost_s[0]))
+            return
         jobs = group.jobs
         self.finished += len(rows)
         self.failed += int(((state != OK) & (state != PRUNED)).sum())
@@ -525,6 +530,28 @@ class StageRun:
             good = good[group.levels.counts[good]]
         if len(good):
             self.best_so_far.add(jobs.ids[good], jobs.population.take(good), group.losses[good])
+
+    def _count_one(self, group: Group, row: int, cached: bool, state: int, cost_s: float) -> None:
+        """The same for one row, as most algorithms ask for one candidate at a time."""
+        jobs, levels = group.jobs, group.levels
+        price = 1 if levels is None else float(levels.price[row])
+        self.finished += 1
+        self.failed += state not in (OK, PRUNED)
+        self.hits += cached
+        if not cached:
+            self._limits.spend_seconds(cost_s)
+        if not group.baseline[row]:
+            if not cached:
+                self.paid += 0 if state == INFEASIBLE else price
+            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+                self.repeated += 1
+            else:
+                self._free_hits += price
+        counts = levels is None or bool(levels.counts[row])
+        if counts and state == OK and group.violation[row] == 0:
+            here = slice(row, row + 1)
+            population = jobs.population if len(jobs) == 1 else jobs.population.take(here)
+            self.best_so_far.add(jobs.ids[here], population, group.losses[here])
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -558,15 +585,19 @@ class StageRun:
         for group in self._groups:
             if group.first_id >= bound:
                 return True
-            rows = group.jobs.ids < bound
-            if not group.done[rows].all():
+            done = group.done
+            if group.end_id > bound:
+                done = done[group.jobs.ids < bound]
+            if not done.all():
                 return False
         return True
 
     def _tell_below(self, bound: int) -> None:
         while self._groups and self._groups[0].first_id < bound:
             group = self._groups[0]
-            stop = int(np.searchsorted(group.jobs.ids, bound))
+            stop = len(group.jobs)
+            if group.end_id > bound:
+                stop = int(np.searchsorted(group.jobs.ids, bound))
             if stop > group.told:
                 self.algorithm.tell(group.answers_until(stop, self.stage))
             if group.end_id > bound:

@@ -15,6 +15,23 @@ __all__ = ["FAILED", "INFEASIBLE", "OK", "PRUNED", "STATES", "Evaluations", "Job
 
 OK, FAILED, PRUNED, INFEASIBLE = 0, 1, 2, 3
 STATES = ("ok", "failed", "pruned", "infeasible")
+_ARRAYS = ("values", "state", "std_error", "constraints", "signals", "cost_s")
+_PARTS = ("state", "reason", "cost_s", "constraints", "signals", "std_error", "items")
+
+
+def _sent(array: NDArray[Any] | None) -> Any:
+    """An array as plain parts: pickling those takes a tenth of the time for small arrays."""
+    if array is None or array.dtype.hasobject:
+        return array
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+def _arrived(sent: Any) -> Any:
+    """The inverse of `_sent`."""
+    if not isinstance(sent, tuple):
+        return sent
+    kind, shape, raw = sent
+    return np.ndarray(shape, kind, raw).copy()
 
 
 class Population:
@@ -47,9 +64,10 @@ class Population:
         out._length = length
         return out
 
-    def __reduce__(self) -> tuple[type[Population], tuple[dict[str, NDArray[Any]]]]:
+    def __reduce__(self) -> Any:
         """Columns come out of another process as read-only as they went in."""
-        return Population, (self._columns,)
+        columns = {name: _sent(column) for name, column in self._columns.items()}
+        return _population_of, (columns, self._length)
 
     @property
     def columns(self) -> Mapping[str, NDArray[Any]]:
@@ -88,6 +106,10 @@ class Population:
         )
 
 
+def _population_of(columns: dict[str, Any], length: int) -> Population:
+    return Population._of({name: _arrived(column) for name, column in columns.items()}, length)
+
+
 @dataclass(frozen=True)
 class Jobs:
     """Candidates to evaluate, one row per job = candidate x fidelity x replicate.
@@ -122,6 +144,11 @@ class Jobs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __reduce__(self) -> Any:
+        arrays = _sent(self.ids), _sent(self.bound), _sent(self.parents), _sent(self.predicted)
+        place = self.fidelity, self.replicate, self.stage, self.told_at_ask
+        return _jobs_of, (arrays, self.population, self.keys, place, self.origin)
+
     def take(self, rows: Iterable[int]) -> Jobs:
         """The jobs at these positions."""
         index = np.asarray(list(rows), dtype=np.int64)
@@ -155,6 +182,17 @@ class Jobs:
             parents=np.concatenate(parents) if parents else None,
             predicted=np.concatenate(predicted) if predicted else None,
         )
+
+
+def _jobs_of(
+    arrays: tuple[Any, ...],
+    population: Population,
+    keys: tuple[bytes, ...],
+    place: tuple[int, int, int, int],
+    origin: tuple[str, ...],
+) -> Jobs:
+    ids, bound, parents, predicted = map(_arrived, arrays)
+    return Jobs(ids, population, keys, *place, bound, origin, parents, predicted)
 
 
 @dataclass
@@ -198,18 +236,27 @@ class Evaluations:
             self.constraints = np.empty((n, 0))
         if self.signals is None:
             self.signals = np.empty((n, 0))
-        for name in ("state", "reason", "cost_s", "constraints", "signals", "std_error", "items"):
+        for name in _PARTS:
             part = getattr(self, name)
             if part is not None and len(part) != n:
                 raise EvaluationError(f"{name} has {len(part)} rows; values have {n}")
         # A value that is not a number is a failure with a name, never something to compare.
-        bad = (self.state == OK) & ~np.isfinite(self.values).all(axis=1)
+        finite = np.isfinite(self.values)
+        if finite.all():
+            return
+        bad = (self.state == OK) & ~finite.all(axis=1)
         for row in np.flatnonzero(bad):
             self.state[row] = FAILED
             self.reason[row] = f"value is not finite: {self.values[row].tolist()}"
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def __reduce__(self) -> Any:
+        state = vars(self)
+        return _evaluations_of, (
+            {name: _sent(state[name]) if name in _ARRAYS else state[name] for name in state},
+        )
 
     def take(self, rows: Iterable[int]) -> Evaluations:
         """The evaluations at these positions."""
@@ -239,3 +286,10 @@ class Evaluations:
             reason=[reason] * n,
             signals=np.full((n, signals), np.nan),
         )
+
+
+def _evaluations_of(parts: dict[str, Any]) -> Evaluations:
+    """They were checked where they were made."""
+    out = Evaluations.__new__(Evaluations)
+    vars(out).update({name: _arrived(p) if name in _ARRAYS else p for name, p in parts.items()})
+    return out

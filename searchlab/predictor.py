@@ -15,7 +15,7 @@ from searchlab.evaluator import Signal
 from searchlab.population import Population
 from searchlab.space import Space, Tokens
 
-__all__ = ["DRAW_WIDTH", "Predictor", "Table", "table_of"]
+__all__ = ["DRAW_WIDTH", "HoldsOut", "Predictor", "Table", "table_of"]
 
 DRAW_WIDTH = 2  # uniforms per Thompson draw; a predictor derives what it needs from them
 
@@ -116,6 +116,8 @@ class Predictor(Protocol):
     Everything is a pure function of the tables, the losses and the seed; `predict`, `rank` and
     `draw` change nothing. Losses are minimised; predictions are in their unit. Before the first
     `fit`, `predict` raises `ConfigError`.
+
+    A predictor may also be a `HoldsOut`.
     """
 
     @property
@@ -168,4 +170,17 @@ class Predictor(Protocol):
 
         Raises:
             DataError: a missing, changed or newer file, or another space.
+        """
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """What a predictor may offer besides: what it would have said of labels it had not seen."""
+
+    def held_out(self) -> Floats | None:
+        """Each label of the last fit as a fit to others says it, float64 (n,), losses' unit.
+
+        The mean of the others, which is the higher the lower the label, is taken off, so that
+        labels without any pattern correlate with it as with noise. None = the last fit knows too
+        few labels, it was read from a folder, or the predictor cannot tell without fits anew.
         """

@@ -22,12 +22,18 @@ __all__ = ["ALIASES", "RECIPES", "Recipe", "load_recipe", "options_from", "read_
 
 RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
+    "checkpoint_mix": "searchlab.experiments.checkpoint_mix:RECIPE",
     "command": "searchlab.experiments.command:RECIPE",
+    "flasheval": "searchlab.experiments.flasheval:RECIPE",
     "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
     "table": "searchlab.experiments.table:RECIPE",
 }
-ALIASES: dict[str, str] = {"s3": "solver_schedule", "usf": "solver_schedule"}
+ALIASES: dict[str, str] = {
+    "lcsc": "checkpoint_mix",
+    "s3": "solver_schedule",
+    "usf": "solver_schedule",
+}
 
 # Options that may differ between the runs of one name: they do not change the trace's prefix.
 GROWABLE = ("budget", "gpu_price", "target")

@@ -50,6 +50,7 @@ from searchlab.executors import (
     ExecutorOptions,
     LocalExecutor,
     ProcessExecutor,
+    RayExecutor,
     usage_of,
 )
 from searchlab.final import FINAL_STAGE, Contender, contenders
@@ -511,7 +512,7 @@ def search(
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
-    if isinstance(executor, ProcessExecutor):
+    if isinstance(executor, ProcessExecutor | RayExecutor):
         executor.check((evaluator,))  # before a run folder is made
     with ExitStack() as stack:
         if stop_grace is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,35 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 _OTHER = np.uint64(0xD1342543DE82EF95)
 _DENSE = 3
 _WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
+_WORD = 2**64 - 1
+
+
+class _Stream(threading.local):
+    """One generator per thread, which is put in its place for each use.
+
+    A new one costs more than a thousand uniforms: numpy asks the system for a seed that nobody
+    needs here.
+    """
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=0)
+        self.generator = np.random.Generator(self.philox)
+
+    def at(self, seed: int, purpose: int, block: int) -> np.random.Generator:
+        """The generator with this key before the first word of a block (a counter step)."""
+        counter = [block & _WORD, block >> 64 & _WORD, block >> 128 & _WORD, block >> 192]
+        self.philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": counter, "key": [seed, purpose]},
+            "buffer": (0, 0, 0, 0),
+            "buffer_pos": _WORDS_PER_BLOCK,  # used up
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self.generator
+
+
+_stream = _Stream()
 
 
 def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDArray[np.float64]:
@@ -49,9 +79,7 @@ def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDAr
     if width == 0 or n == 0:
         return np.empty((n, width))
     blocks = -(-width // _WORDS_PER_BLOCK)
-    generator = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64))
-    generator.advance(first_id * blocks)
-    words = np.random.Generator(generator).random(n * blocks * _WORDS_PER_BLOCK)
+    words = _stream.at(seed, purpose, first_id * blocks).random(n * blocks * _WORDS_PER_BLOCK)
     return words.reshape(n, blocks * _WORDS_PER_BLOCK)[:, :width]
 
 
@@ -66,16 +94,10 @@ def uniforms_of(seed: int, purpose: int, ids: NDArray[np.int64], width: int) -> 
         rows: NDArray[np.float64] = every[ids - ids[0]]
         return rows
     blocks = -(-width // _WORDS_PER_BLOCK)
-    philox = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64))
-    generator = np.random.Generator(philox)
     words = np.empty((n, blocks * _WORDS_PER_BLOCK))
     breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), n]
-    place = 0  # the id that the generator stands at
     for start, stop in itertools.pairwise(breaks):
-        first = int(ids[start])
-        philox.advance((first - place) * blocks)
-        generator.random(out=words[start:stop])
-        place = first + stop - start
+        _stream.at(seed, purpose, int(ids[start]) * blocks).random(out=words[start:stop])
     return words[:, :width]
 
 

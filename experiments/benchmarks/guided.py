@@ -1,173 +1,162 @@
 """Guided search: evaluations saved, few evaluations, and what the guard prevents.
 
     python -m searchlab.experiments.benchmarks.guided [--quick] [--check] [--out FILE]
+        [--part NAME]... [--folder FOLDER] [--minutes M]
 
 NAS-Bench-201 is read below $SEARCHLAB_DATA; its cases are skipped where it is not. All searches are
 in memory, one evaluation after another unless a lag is given; peers have the same instances and
 seeds. Seconds are CPU time of proposing, fits included.
+
+With `--folder` finished searches are kept there, so that a benchmark which was stopped, by
+`--minutes` too, goes on; a case is written when all of its searches are there. With `--part` and
+`--out` the lines of the other parts stay in the file.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab.algorithms.base import Algorithm, Told
+from searchlab.algorithms.base import Told
 from searchlab.algorithms.guided import Guided
-from searchlab.config import AlgorithmSpec
+from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.errors import ConfigError
 from searchlab.evaluator import Signal
 from searchlab.evaluators.nasbench201 import nasbench201
 from searchlab.evaluators.table import TableEvaluator
-from searchlab.experiments.benchmarks._algorithms_choices import PLACES, hidden, nk, string_space
+from searchlab.experiments.benchmarks._algorithms_choices import PLACES
 from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
-from searchlab.population import Jobs, Population
+from searchlab.experiments.benchmarks._guided_searches import (
+    Kept,
+    Task,
+    Trace,
+    cells,
+    landscape,
+    made,
+    mixture,
+    searched,
+    string,
+)
+from searchlab.population import Population
 from searchlab.predictor import Predictor, Table
-from searchlab.predictors.ridge import Ridge
+from searchlab.predictors.gp import GaussianProcess
+from searchlab.search import run
 from searchlab.space import Space
+from searchlab.study import MemoryRun
 
 __all__ = ["main"]
 
 Floats = NDArray[np.float64]
 TOP = 16  # cells of NAS-Bench-201 that count as found
 FEW = (20, 30, 50)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something to search: losses of candidates, and signals where there are some."""
-
-    name: str
-    space: Space
-    losses: Callable[[Population], Floats]
-    signals: Any = None
-    best: float = 0.0
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Losses in the order of evaluation, and CPU seconds of all proposals."""
-
-    losses: Floats
-    seconds: float
-
-    def regret(self, task: Task, evaluations: int) -> float:
-        return float(self.losses[:evaluations].min()) - task.best
-
-
-def searched(
-    algorithm: Algorithm, task: Task, most: int, *, lag: int = 1, until: float = -np.inf
-) -> Trace:
-    """Asks and tells by the engine's rule until so many are evaluated or a loss is reached."""
-    losses: list[float] = []
-    asked: list[Told] = []
-    told, seconds = 0, 0.0
-    for i in range(4 * most):
-        begun = time.process_time()
-        while told < i + 1 - lag:
-            algorithm.tell(asked[told])
-            told += 1
-        jobs = algorithm.ask(i, 1)
-        seconds += time.process_time() - begun
-        values = task.losses(jobs.population) if len(jobs) else np.empty(0)
-        losses += values.tolist()
-        none = np.zeros(len(jobs))
-        asked.append(Told(jobs.ids, jobs.population, values[:, None], none, jobs.predicted))
-        if len(losses) == most or (len(values) and values[0] <= until):
-            break
-    return Trace(np.array(losses), seconds)
-
-
-def made(task: Task, name: str, seed: int, **options: Any) -> Algorithm:
-    """An algorithm by name; one that reads signals gets the task's."""
-    return AlgorithmSpec(name, options).build(
-        task.space, seed=seed, first_id=0, seeds=None, signals=task.signals
-    )
-
-
-def cells(evaluator: TableEvaluator, *, signals: Any) -> Task:
-    """NAS-Bench-201 as a task: loss = minus accuracy in percent."""
-
-    def losses(population: Population) -> Floats:
-        keys = evaluator.space.keys(population)
-        jobs = Jobs(np.arange(len(keys)), population, keys)
-        out: Floats = -evaluator.evaluate(jobs).values[:, 0]
-        return out
-
-    best = -float(evaluator.values()[:, 0].max())
-    return Task("NAS-Bench-201 CIFAR-10", evaluator.space, losses, signals, best)
+PARTS = ("strings", "cells", "few", "guard", "decisions", "fidelities")
 
 
 # -- evaluations that are saved -----------------------------------------------------------------
 
 
-def string(seed: int) -> Task:
-    """The places that differ from a hidden string."""
-    loss = hidden(seed)
-    return Task("hidden string", string_space(), lambda p: loss(p["x"]))
+@dataclass(frozen=True)
+class Bench:
+    """What the parts share."""
+
+    journal: Journal
+    kept: Kept
+    quick: bool
+    evaluator: TableEvaluator | None
+
+    def seeds(self, count: int, short: int) -> range:
+        return range(short if self.quick else count)
+
+    def traces(
+        self,
+        make: Callable[[int], Task],
+        label: str,
+        seeds: Sequence[int],
+        most: int,
+        name: str,
+        *,
+        lag: int = 1,
+        until: float = -np.inf,
+        **options: Any,
+    ) -> list[Trace]:
+        """Searches of one kind, by the algorithm of a name."""
+        task = make(seeds[0])
+
+        def search(seed: int) -> Trace:
+            task = make(seed)
+            return searched(made(task, name, seed, **options), task, most, lag=lag, until=until)
+
+        kind = f"{task.name}, {label}, {most}, lag {lag}"
+        return [self.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
 
 
-def strings(journal: Journal, quick: bool) -> None:
+def _proposing(traces: Sequence[Trace]) -> float:
+    total = sum(len(trace.losses) for trace in traces)
+    return round(sum(trace.seconds for trace in traces) / total, 5)
+
+
+def strings(bench: Bench) -> None:
     """Evaluations until a hidden string of 32 choices of 8 is found."""
-    seeds = range(1) if quick else range(15)
-    for lag in (1,) if quick else (1, 16):
-        counts, seconds = [], 0.0
-        for seed in seeds:
-            task = string(seed)
-            trace = searched(made(task, "guided", seed), task, 2000, lag=lag, until=0.0)
-            counts.append(len(trace.losses))
-            seconds += trace.seconds
-        median = statistics.median(counts)
-        journal.case(
-            f"{PLACES} choices of 8, hidden string, guided by ridge, lag {lag}",
-            {
-                "evaluations": spread(counts),
-                "proposing, s per evaluation": round(seconds / sum(counts), 4),
-            },
-            seeds=seeds,
-            aims=[Aim("median evaluations", median, "at most", 350, not quick)],
-        )
+    for predictor, limit, count in (("ridge", 350, 15), ("stack", 400, 5)):
+        for lag in (1,) if bench.quick else (1, 16):
+            if bench.quick and predictor == "stack":
+                continue
+            seeds = bench.seeds(count, 1)
+            traces = bench.traces(
+                string, predictor, seeds, 1000, "guided", lag=lag, until=0.0, predictor=predictor
+            )
+            counts = [len(trace.losses) for trace in traces]
+            median = statistics.median(counts)
+            bench.journal.case(
+                f"{PLACES} choices of 8, hidden string, guided by {predictor}, lag {lag}",
+                {
+                    "evaluations": spread(counts),
+                    "proposing, s per evaluation": _proposing(traces),
+                },
+                seeds=seeds,
+                aims=[Aim("median evaluations", median, "at most", limit, not bench.quick)],
+            )
 
 
-def top_cells(journal: Journal, evaluator: TableEvaluator, quick: bool) -> None:
+def top_cells(bench: Bench) -> None:
     """How many seeds find one of the best 16 cells within 50 and within 100 evaluations."""
-    seeds = range(2) if quick else range(50)
+    evaluator = bench.evaluator
+    assert evaluator is not None
     top = float(np.sort(-evaluator.values()[:, 0])[TOP - 1])
-    rows: tuple[tuple[str, str, dict[str, Any], Any], ...] = (
-        ("guided by gp, signals", "guided", {"predictor": "gp"}, evaluator),
-        ("guided by ridge, signals", "guided", {}, evaluator),
-        ("guided by ridge, no signals", "guided", {}, None),
-        ("evolution", "evolution", {}, None),
-        ("Optuna TPE", "tpe", {}, None),
-        ("random", "random", {}, None),
+    rows: tuple[tuple[str, str, dict[str, Any], Any, int], ...] = (
+        ("auto, signals", "auto", {}, evaluator, 50),
+        ("guided by ridge, signals", "guided", {"predictor": "ridge"}, evaluator, 50),
+        ("auto, no signals", "auto", {}, None, 50),
+        ("evolution", "evolution", {}, None, 50),
+        ("Optuna TPE", "tpe", {}, None, 50),
+        ("random", "random", {}, None, 50),
     )
-    for what, name, options, signals in rows:
+    for what, name, options, signals, count in rows:
+        seeds = bench.seeds(count, 2)
         task = cells(evaluator, signals=signals)
-        needed, seconds, paid = [], 0.0, 0
-        for seed in seeds:
-            trace = searched(made(task, name, seed, **options), task, 100, until=top)
-            needed.append(len(trace.losses) if trace.losses[-1] <= top else np.inf)
-            seconds += trace.seconds
-            paid += len(trace.losses)
+        traces = bench.traces(lambda _: task, what, seeds, 100, name, until=top, **options)  # noqa: B023
+        needed = [len(t.losses) if t.losses[-1] <= top else np.inf for t in traces]
         share = {mark: 100 * float(np.mean(np.array(needed) <= mark)) for mark in (50, 100)}
         aims = []
-        if signals is not None:
-            binding = what.startswith("guided by gp") and not quick
+        if what == "auto, signals":
             aims = [
-                Aim("% of seeds by 50", share[50], "at least", 85, binding),
-                Aim("% of seeds by 100", share[100], "at least", 98, binding),
+                Aim("% of seeds by 50", share[50], "at least", 85, not bench.quick),
+                Aim("% of seeds by 100", share[100], "at least", 98, not bench.quick),
             ]
-        journal.case(
+        bench.journal.case(
             f"{task.name}: one of the best {TOP} cells, {what}",
             {
                 "percent of seeds after evaluations": {str(k): v for k, v in share.items()},
-                "proposing, s per evaluation": round(seconds / paid, 4),
+                "proposing, s per evaluation": _proposing(traces),
             },
             seeds=seeds,
             aims=aims,
@@ -177,53 +166,111 @@ def top_cells(journal: Journal, evaluator: TableEvaluator, quick: bool) -> None:
 # -- few evaluations ----------------------------------------------------------------------------
 
 
-def few(journal: Journal, tasks: Sequence[Callable[[int], Task]], quick: bool) -> None:
-    """Regret after 20, 30 and 50 evaluations, beside evolution and Optuna's TPE."""
-    seeds = range(1) if quick else range(15)
+def few(bench: Bench) -> None:
+    """Regret after 20, 30 and 50 evaluations, beside evolution and what Optuna has."""
+    tasks: list[Callable[[int], Task]] = [landscape]
+    evaluator = bench.evaluator
+    if evaluator is not None:
+        tasks.append(lambda seed: cells(evaluator, signals=evaluator))
+    if not bench.quick:
+        tasks.append(mixture)
+    seeds = bench.seeds(15, 1)
+    most = 30 if bench.quick else max(FEW)
+    marks = [mark for mark in FEW if mark <= most]
+    peers = (("Optuna TPE", "tpe"), ("Optuna GP", "gp"), ("evolution", "evolution"))
     for make in tasks:
+        name = make(0).name
         medians: dict[str, list[float]] = {}
-        for name, algorithm, options in (
-            ("Optuna TPE", "tpe", {}),
-            ("evolution", "evolution", {}),
-            ("guided by ridge", "guided", {}),
-            ("guided by gp", "guided", {"predictor": "gp"}),
-        ):
-            given = [(make(s), s) for s in seeds]
-            found = [(t, searched(made(t, algorithm, s, **options), t, max(FEW))) for t, s in given]
-            figures = {
-                f"regret at {mark}": spread([trace.regret(t, mark) for t, trace in found])
-                for mark in FEW
+        for label, algorithm in (*peers, ("auto", "auto")):
+            if bench.quick and label == "Optuna GP":
+                continue
+            traces = bench.traces(make, f"few, {label}", seeds, most, algorithm)
+            figures: dict[str, Any] = {
+                f"regret at {mark}": spread(
+                    [trace.regret(make(s), mark) for s, trace in zip(seeds, traces, strict=True)]
+                )
+                for mark in marks
             }
-            medians[name] = [figures[f"regret at {mark}"]["median"] for mark in FEW]
+            medians[label] = [figures[f"regret at {mark}"]["median"] for mark in marks]
+            figures["proposing, s per evaluation"] = _proposing(traces)
             aims = []
-            if algorithm == "guided":
-                pairs = zip(FEW, medians[name], medians["Optuna TPE"], strict=True)
+            if algorithm == "auto":
                 aims = [
-                    Aim(f"median regret at {mark}", own, "at most", peer, binding=False)
-                    for mark, own, peer in pairs
+                    Aim(f"median regret at {mark}, beside {peer}", own, "at most", other, False)
+                    for peer in ("Optuna TPE", "Optuna GP")
+                    if peer in medians
+                    for mark, own, other in zip(marks, medians["auto"], medians[peer], strict=True)
                 ]
-            journal.case(
-                f"{found[0][0].name}: few evaluations, {name}", figures, seeds=seeds, aims=aims
-            )
+            bench.journal.case(f"{name}: few evaluations, {label}", figures, seeds=seeds, aims=aims)
 
 
-def landscapes(seed: int) -> Task:
-    """NK landscapes, K 2; their best is unknown, so that the regret is the loss itself."""
-    loss = nk(seed)
-    return Task(f"NK landscape, {PLACES} choices of 8, K 2", string_space(), lambda p: loss(p["x"]))
+# -- several fidelities -------------------------------------------------------------------------
+
+
+def fidelities(bench: Bench) -> None:
+    """Regret at a cost of 10, 20 and 30 full trainings where 12 epochs may be looked at first."""
+    evaluator = bench.evaluator
+    assert evaluator is not None
+    best = -float(evaluator.values()[:, 0].max())
+    seeds = bench.seeds(15, 1)
+    marks = (10,) if bench.quick else (10, 20, 30)
+    price = np.array([fidelity.cost for fidelity in evaluator.fidelities])
+    rows: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("guided, 12 epochs first", "guided", {}),
+        ("guided, in full only", "guided", {"fidelities": (1.0,)}),
+        ("successive halving", "successive_halving", {}),
+    )
+    medians: dict[str, float] = {}
+    for label, name, options in rows:
+
+        def search(seed: int, name: str = name, options: dict[str, Any] = options) -> Trace:
+            spec = AlgorithmSpec(name, options)
+            stage = Stage("search", evaluator.space, evaluator, spec, Budget(max(marks)))
+            store = MemoryRun()
+            result = run(SearchConfig((stage,), seed=seed), store=store)
+            (note,) = result.meta["proposals"].values()
+            records = store.records()
+            cost = np.cumsum(price[records.fidelity])
+            full = records.fidelity == len(price) - 1
+            found = [
+                float(np.min(-records.values[full & (cost <= mark + 1e-9), 0], initial=0.0))
+                for mark in marks
+            ]
+            return Trace(np.array(found), note["seconds"])
+
+        kind = f"{evaluator.space.size} elements, {label}"
+        traces = [bench.kept.trace(kind, seed, lambda s=seed: search(s)) for seed in seeds]  # type: ignore[misc]
+        figures: dict[str, Any] = {
+            f"regret at a cost of {mark}": spread([float(t.losses[at]) - best for t in traces])
+            for at, mark in enumerate(marks)
+        }
+        medians[label] = figures[f"regret at a cost of {marks[-1]}"]["median"]
+        aims = []
+        if label == "successive halving":
+            own = medians["guided, 12 epochs first"]
+            aims = [
+                Aim(f"median regret of guided at {marks[-1]}", own, "at most", other, False)
+                for other in (medians["guided, in full only"], medians[label])
+            ]
+        bench.journal.case(
+            f"NAS-Bench-201 CIFAR-10: fidelities, {label}", figures, seeds=seeds, aims=aims
+        )
 
 
 # -- the guard ----------------------------------------------------------------------------------
 
 
-class Shuffled(Ridge):
-    """A ridge whose labels are somebody else's."""
+class Shuffled(GaussianProcess):
+    """A process whose labels are somebody else's."""
 
     name: ClassVar[str] = "shuffled"
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         mixed = np.random.default_rng(seed).permutation(losses)
         super().fit(table, mixed, seed=seed, pool=pool)
+
+    def held_out(self) -> None:
+        """It would compare with the shuffled labels."""
 
 
 class Misled(Guided):
@@ -241,21 +288,28 @@ class Poisoned:
     signals: tuple[Signal, ...] = tuple(Signal(f"noise_{i}", when="static") for i in range(10))
 
     def static_signals(self, population: Population) -> Floats:
-        out = np.empty((len(population), len(self.signals)))
-        for row, key in enumerate(self.space.keys(population)):
-            words = np.frombuffer(key, dtype=np.uint32)
-            out[row] = np.random.default_rng(words).normal(size=len(self.signals))
+        words = np.frombuffer(b"".join(self.space.keys(population)), dtype=np.uint64)
+        number = words.reshape(len(population), 2)[:, :1] + np.arange(1, 11, dtype=np.uint64)
+        mixed = (number ^ (number >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        out: Floats = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
         return out
 
 
-def guard(journal: Journal, tasks: Sequence[Callable[[int], Task]], quick: bool) -> None:
+def guard(bench: Bench) -> None:
     """Mean regret beside the wrapped algorithm's where nothing can be predicted, paired seeds."""
-    seeds, most = (range(2), 30) if quick else (range(30), 100)
+    tasks: list[Callable[[int], Task]] = [landscape]
+    evaluator = bench.evaluator
+    if evaluator is not None:
+        tasks.append(lambda seed: cells(evaluator, signals=evaluator))
+    most = 30 if bench.quick else 50
     for make in tasks:
-        plain = [searched(made(make(s), "evolution", s), make(s), most) for s in seeds]
+        seeds = bench.seeds(30, 2)
+        name = make(0).name
+        plain = bench.traces(make, "guard, evolution", seeds, most, "evolution")
         for what in ("shuffled labels", "shuffled labels, without the guard", "ten noise signals"):
-            traces, chosen = [], []
-            for seed in seeds:
+
+            def search(seed: int, what: str = what, make: Any = make) -> Trace:
                 task = make(seed)
                 algorithm: Guided
                 if what == "ten noise signals":
@@ -263,32 +317,31 @@ def guard(journal: Journal, tasks: Sequence[Callable[[int], Task]], quick: bool)
                 else:
                     says = "always" if "without" in what else "measured"
                     algorithm = Misled(task.space, seed=seed, guard=says)  # type: ignore[arg-type]
-                traces.append(searched(algorithm, task, most))
-                chosen.append(algorithm.chosen / most)
-            marks = [mark for mark in (50, 100) if mark <= most] or [most]
-            figures: dict[str, Any] = {"share the predictor chose, mean": float(np.mean(chosen))}
+                return searched(algorithm, task, most)
+
+            kind = f"{name}, guard, {what}, {most}"
+            traces = [bench.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
+            own, base = (
+                float(np.mean([t.regret(make(s), most) for s, t in zip(seeds, some, strict=True)]))
+                for some in (traces, plain)
+            )
+            figures: dict[str, Any] = {
+                "share the predictor chose, mean": float(np.mean([t.chosen for t in traces]))
+                / most,
+                f"mean regret at {most}": own,
+                f"mean regret of evolution at {most}": base,
+            }
             aims = []
-            for mark in marks:
-                own = _mean_regret(traces, make, seeds, mark)
-                base = _mean_regret(plain, make, seeds, mark)
-                figures[f"mean regret at {mark}"] = own
-                figures[f"mean regret of evolution at {mark}"] = base
-                if "without" not in what:
-                    ratio = Aim(f"ratio at {mark}", own / base, "at most", 1.05, binding=False)
-                    aims.append(ratio)
-            journal.case(f"{make(0).name}: guard, {what}", figures, seeds=seeds, aims=aims)
+            if "without" not in what:
+                aims = [Aim(f"ratio at {most}", own / base, "at most", 1.05, binding=False)]
+            bench.journal.case(f"{name}: guard, {what}", figures, seeds=seeds, aims=aims)
 
 
-def _mean_regret(
-    traces: Sequence[Trace], make: Callable[[int], Task], seeds: Sequence[int], mark: int
-) -> float:
-    pairs = zip(traces, seeds, strict=True)
-    return float(np.mean([trace.regret(make(seed), mark) for trace, seed in pairs]))
-
-
-def decisions(journal: Journal, evaluator: TableEvaluator, quick: bool) -> None:
+def decisions(bench: Bench) -> None:
     """Whether the guard is right about fits to noisy labels, half of the draws shuffled."""
-    draws = range(4) if quick else range(100)
+    evaluator = bench.evaluator
+    assert evaluator is not None
+    draws = bench.seeds(100, 4)
     task = cells(evaluator, signals=evaluator)
     spread_ = float(np.std(evaluator.values()[:, 0]))
     for labels in (20, 30):
@@ -309,7 +362,7 @@ def decisions(journal: Journal, evaluator: TableEvaluator, quick: bool) -> None:
             right += says != bool(shuffled)
             trusted[shuffled] += says
         share = 100 * right / len(draws)
-        journal.case(
+        bench.journal.case(
             f"{task.name}: the guard's decision at {labels} labels, noise 30 % of the spread",
             {
                 "percent right": share,
@@ -317,27 +370,49 @@ def decisions(journal: Journal, evaluator: TableEvaluator, quick: bool) -> None:
                 "trusted, labels shuffled": trusted[1],
             },
             seeds=draws,
-            aims=[Aim("% right", share, "at least", 80, not quick)],
+            aims=[Aim("% right", share, "at least", 80, not bench.quick)],
         )
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
+    parser.add_argument("--folder", type=Path, help="keep finished searches there")
+    parser.add_argument("--minutes", type=float, help="begin no search after so long")
+
+
+def _others(options: argparse.Namespace) -> list[str]:
+    """The lines that other parts left in the file."""
+    if options.part is None or options.out is None or not options.out.exists():
+        return []
+    lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
+    kept = [line for line in lines if line["part"] not in options.part]
+    if any(line["quick"] is not options.quick for line in kept):
+        raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
+    return [json.dumps(line) for line in kept]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
-    options = flags(__doc__, arguments)
-    journal = Journal("guided", options)
-    quick = bool(options.quick)
-    strings(journal, quick)
-    tasks: list[Callable[[int], Task]] = [landscapes]
+    options = flags(__doc__, arguments, add=_flags)
+    journal = Journal("guided", options, lines=_others(options))
+    seconds = np.inf if options.minutes is None else 60 * options.minutes
     folder = data_folder("nasbench201")
-    if folder is None:
-        journal.skip("NAS-Bench-201 CIFAR-10", "no nasbench201 in $SEARCHLAB_DATA")
-    else:
-        evaluator = nasbench201(folder)
-        top_cells(journal, evaluator, quick)
-        decisions(journal, evaluator, quick)
-        tasks.append(lambda seed: cells(evaluator, signals=evaluator))
-    few(journal, tasks, quick)
-    guard(journal, tasks, quick)
+    evaluator = None if folder is None else nasbench201(folder)
+    bench = Bench(journal, Kept(options.folder, seconds), bool(options.quick), evaluator)
+    tables = {"cells": top_cells, "decisions": decisions, "fidelities": fidelities}
+    parts = {"strings": strings, "few": few, "guard": guard} | tables
+    try:
+        for part in PARTS:
+            if options.part is not None and part not in options.part:
+                continue
+            journal.part = part
+            if part in tables and evaluator is None:
+                journal.skip(f"NAS-Bench-201 CIFAR-10: {part}", "no nasbench201 in $SEARCHLAB_DATA")
+            else:
+                parts[part](bench)
+    except TimeoutError:
+        print("stopped by --minutes; the same command goes on", file=sys.stderr)
+        return 1
     return journal.close()
 
 

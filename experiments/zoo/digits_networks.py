@@ -51,13 +51,15 @@ class _ResidualBlock(nn.Module):
 class DigitsDenoiserNet(nn.Module):
     """The raw network F of the EDM preconditioning, on flat 8x8 images.
 
-    Attributes:
+    Args:
         dropout: Share of hidden units that training drops.
+        width: Hidden units of a block.
+        blocks: Residual blocks.
     """
 
     frequencies: Tensor
 
-    def __init__(self, *, dropout: float = 0.1) -> None:
+    def __init__(self, *, dropout: float = 0.1, width: int = _WIDTH, blocks: int = _BLOCKS) -> None:
         super().__init__()
         half = _NOISE_FEATURES // 2
         frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(12.0), half))
@@ -65,11 +67,11 @@ class DigitsDenoiserNet(nn.Module):
         # One more row than classes: the last one stands for "no class".
         self.classes = nn.Embedding(CLASSES + 1, _CLASS_FEATURES)
         self.condition = nn.Linear(_NOISE_FEATURES + _CLASS_FEATURES + AUGMENTATIONS, _CONDITION)
-        self.entry = nn.Linear(SIZE, _WIDTH)
+        self.entry = nn.Linear(SIZE, width)
         self.blocks = nn.ModuleList(
-            _ResidualBlock(_WIDTH, _CONDITION, dropout) for _ in range(_BLOCKS)
+            _ResidualBlock(width, _CONDITION, dropout) for _ in range(blocks)
         )
-        self.exit = nn.Linear(_WIDTH, SIZE)
+        self.exit = nn.Linear(width, SIZE)
         nn.init.zeros_(self.exit.weight)
         nn.init.zeros_(self.exit.bias)
 
@@ -91,7 +93,7 @@ class DigitsDenoiserNet(nn.Module):
         return condition
 
     def modulate(self, condition: Tensor) -> list[Tensor]:
-        """Scales and shifts of each block: (B, 64) condition to 3 of (B, 512)."""
+        """Scales and shifts of each block: (B, 64) condition to (B, 2 width) each."""
         return [cast(_ResidualBlock, block).modulation(condition) for block in self.blocks]
 
     def forward(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
@@ -99,7 +101,7 @@ class DigitsDenoiserNet(nn.Module):
 
         Args:
             x: (B, 64) scaled input.
-            modulations: From `modulate`, each (B, 512), or (1, 512) for one condition of all rows.
+            modulations: From `modulate`, each (B, 2 width), or of one row for all rows.
 
         Returns:
             (B, 64).

@@ -35,7 +35,15 @@ from searchlab.experiments.zoo.digits_networks import (
     DigitsDenoiserNet,
 )
 
-__all__ = ["TrainingSettings", "digits_split", "main", "train"]
+__all__ = [
+    "TrainingSettings",
+    "augment",
+    "denoising_loss",
+    "denoising_losses",
+    "digits_split",
+    "main",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def digits_split(settings: TrainingSettings) -> tuple[Tensor, Tensor, Tensor, Te
     return images[train], labels[train], images[test], labels[test]
 
 
-def _augment(x: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(x: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rotates, scales and shifts a share of the rows; also returns the (B, 5) parameters used."""
     count = len(x)
     spread = torch.tensor([0.12, 0.08, 0.08, 0.15, 0.15])
@@ -114,7 +122,7 @@ def _augment(x: Tensor, share: float, generator: torch.Generator) -> tuple[Tenso
     return moved.flatten(1) - 1, parameters / spread
 
 
-def _denoising_loss(
+def denoising_loss(
     net: DigitsDenoiserNet,
     x: Tensor,
     labels: Tensor,
@@ -161,7 +169,7 @@ def denoising_losses(
     noise = torch.randn(x.shape, generator=generator)
     losses = {}
     for name, given in (("no_class", torch.full_like(labels, -1)), ("with_class", labels)):
-        loss = _denoising_loss(
+        loss = denoising_loss(
             net,
             x,
             given,
@@ -194,11 +202,11 @@ def train_denoiser(settings: TrainingSettings) -> tuple[DigitsDenoiserNet, dict[
     for step in range(settings.steps):
         optimiser.param_groups[0]["lr"] = settings.learning_rate * _rate(step, settings)
         rows = torch.randint(len(train_x), (settings.batch,), generator=generator)
-        x, augmentation = _augment(train_x[rows], settings.augmented_share, generator)
+        x, augmentation = augment(train_x[rows], settings.augmented_share, generator)
         dropped = torch.rand(settings.batch, generator=generator) < settings.no_class_share
         labels = train_y[rows].masked_fill(dropped, -1)
         sigma = torch.randn(settings.batch, generator=generator) * settings.log_sigma_sd
-        loss = _denoising_loss(
+        loss = denoising_loss(
             net,
             x,
             labels,
@@ -250,7 +258,7 @@ def train_classifier(
         order = torch.randperm(len(train_x), generator=generator)
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):
             optimiser.param_groups[0]["lr"] = 2e-3 * (0.01 + 0.99 * (1 - step / steps))
-            x, _ = _augment(train_x[rows], settings.augmented_share, generator)
+            x, _ = augment(train_x[rows], settings.augmented_share, generator)
             noisy = x + settings.classifier_noise * torch.randn(x.shape, generator=generator)
             loss = functional.cross_entropy(net(noisy), train_y[rows])
             optimiser.zero_grad(set_to_none=True)

@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Evidence", "correlation", "ranks", "trusts"]
+__all__ = ["Evidence", "Gain", "correlation", "gain", "ranks", "trusts"]
 
 Floats = NDArray[np.float64]
 
-LEAST = 0.1  # correlation that the lower end of the held-out interval has to exceed
+MOST_WORSE = 0.45  # share of late labels worse than early ones; without any skill it is a half
+FEWEST = 4  # labels that a share is taken of
 _SIDE = 1.645  # 90 % intervals
+_FAR = 6.0  # robust standard deviations; losses that are worse by more are cut
 _SPREAD = 1.06  # variance of Fisher's z of a rank correlation, times n - 3
 _MOST = 0.999  # correlations beyond have no finite z
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A rank correlation (Spearman) of predictions with what then came, and its 90 % interval.
+    """A correlation of predictions with what then came, and its 90 % interval.
 
     `n` counts the pairs. Without enough of them nothing is known: 0 between -1 and 1.
     """
@@ -48,12 +50,17 @@ def ranks(values: Floats) -> Floats:
     return shared
 
 
-def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
+def correlation(batches: Iterable[tuple[Floats, Floats]], *, values: bool = False) -> Evidence:
     """What batches of (predictions, losses) say together; each is ranked by itself.
 
     Losses fall while a search goes on, and so does whatever follows their mean: comparing within
     batches keeps that from passing for skill. Batches are joined by Fisher's z, weighted by size;
     those of fewer than four pairs say nothing.
+
+    Args:
+        batches: pairs of arrays (n,); losses may be infinite, predictions NaN where unknown.
+        values: take the mean of Spearman's correlation and Pearson's of the losses, far worse ones
+            cut; each sees skill that the other misses, among labels with noise above all.
     """
     total = weights = 0.0
     n = 0
@@ -61,10 +68,10 @@ def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
         known = np.isfinite(predictions) & ~np.isnan(losses)
         if (weight := int(known.sum()) - 3) < 1:
             continue
-        a, b = ranks(predictions[known]), ranks(losses[known])
-        a, b = a - a.mean(), b - b.mean()
-        size = float(np.sqrt((a @ a) * (b @ b)))
-        rho = float(a @ b) / size if size > 0 else 0.0
+        said, came = predictions[known], losses[known]
+        rho = _pearson(ranks(said), ranks(came))
+        if values:
+            rho = (rho + _pearson(said, _cut(came))) / 2
         total += weight * float(np.arctanh(np.clip(rho, -_MOST, _MOST)))
         weights += weight
         n += weight + 3
@@ -74,7 +81,50 @@ def correlation(batches: Iterable[tuple[Floats, Floats]]) -> Evidence:
     return Evidence(float(np.tanh(z)), float(np.tanh(z - half)), float(np.tanh(z + half)), n)
 
 
-def trusts(held_out: Evidence, online: Evidence) -> bool:
+def _pearson(a: Floats, b: Floats) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def _cut(losses: Floats) -> Floats:
+    """Losses without those that are far worse than most; failed ones become the worst."""
+    finite = losses[np.isfinite(losses)]
+    if not len(finite):
+        return np.zeros(len(losses))
+    middle = float(np.median(finite))
+    spread = 1.4826 * float(np.median(np.abs(finite - middle)))
+    most = min(middle + _FAR * spread, float(finite.max())) if spread > 0 else float(finite.max())
+    return np.minimum(losses, most)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Whether the latest labels are better than those before the first fit.
+
+    Attributes:
+        worse: share of the pairs (late, early) whose late label is the worse one, ties half; what
+            is drawn as before comes to about a half.
+        n: how many late labels there are.
+    """
+
+    worse: float = 0.0
+    n: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"worse": round(self.worse, 4), "n": self.n}
+
+
+def gain(early: Floats, late: Floats) -> Gain:
+    """What labels before the first fit say of later ones; nothing where either are too few."""
+    if min(len(early), len(late)) < FEWEST:
+        return Gain()
+    both = ranks(np.concatenate([early, late]))[len(early) :]
+    worse = (both.sum() - len(late) * (len(late) - 1) / 2) / (len(early) * len(late))
+    return Gain(float(worse), len(late))
+
+
+def trusts(held_out: Evidence, online: Evidence, found: Gain) -> bool:
     """The rule: skill on labels held out is beyond doubt, and what was predicted came.
 
     Args:
@@ -82,5 +132,7 @@ def trusts(held_out: Evidence, online: Evidence) -> bool:
         online: the predictions stored with the latest batches before they were learnt from. Rows
             that a predictor chose are alike, so that little correlation among them is no failure;
             only a clearly reversed order is.
+        found: the latest batches beside the labels before the first fit. One look in ten at
+            labels without order seems to show skill; its choices are then no better than those.
     """
-    return held_out.low > LEAST and online.high >= 0
+    return held_out.low > 0 and online.high >= 0 and found.worse < MOST_WORSE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Algorithm", "Draw", "Seeds", "Told"]
 
 MAX_REDRAWS = 8
+MOST_AHEAD = 64  # proposals that are drawn in one go where ids are asked for one by one
 REDRAW_FACTOR = 4.0  # mutation rate grows by this per redraw; slower growth leaves repeats
 
 
@@ -74,6 +75,16 @@ class Draw:
     parents: NDArray[np.int64]
 
 
+@dataclass
+class _Ahead:
+    """Proposals of ids that were not asked for yet, good as long as nothing is learnt."""
+
+    basis: Hashable
+    first_id: int
+    draw: Draw
+    keys: tuple[bytes, ...]
+
+
 class Algorithm:
     """Proposes candidates; all the state there is comes from `tell`.
 
@@ -98,6 +109,8 @@ class Algorithm:
         max_lag: the largest lag under which it works as meant; None = any.
         pools: `_draw` may be given one id many times with different uniforms, cheaply, and then
             gives as many candidates that this id could have been.
+        shared: how many of an id's first uniforms say what its candidate is meant for; candidates
+            that are compared for one id have these in common.
     """
 
     name: ClassVar[str] = ""
@@ -107,6 +120,7 @@ class Algorithm:
     max_objectives: ClassVar[int | None] = 1
     quantum: int = 1
     max_lag: int | None = None
+    shared: int = 0
 
     def __init__(
         self,
@@ -126,6 +140,8 @@ class Algorithm:
         self.repeats = repeats
         self.n_told = 0
         self._issued: dict[bytes, int] = {}
+        self._ahead: _Ahead | None = None
+        self._reach = 1  # how many ids were proposed in one go last
 
     # -- what subclasses write --------------------------------------------------------------
 
@@ -142,6 +158,14 @@ class Algorithm:
             strength: how much wilder than usual to vary (1, 4, 16, ...).
         """
         raise NotImplementedError
+
+    def _basis(self) -> Hashable | None:
+        """All that `_draw` makes use of besides its arguments; None = not known.
+
+        Where it is the same as before, a row that was drawn before is still the right one: ids that
+        are asked for one by one are then drawn several at once, which costs hardly more than one.
+        """
+        return None
 
     def _learn(self, told: Told) -> None:
         """Takes in answers; split-invariant."""
@@ -173,8 +197,21 @@ class Algorithm:
             answer means that nothing is left to propose.
         """
         ids = np.arange(first_id, first_id + n, dtype=np.int64)
+        n_seeds = min(n, max(0, len(self.seeds.population) - (first_id - self.first_id)))
+        if n == 1 and not n_seeds and (basis := self._basis()) is not None:
+            jobs = self._one_of_many(ids, basis)
+        else:
+            jobs = self._many(ids, n_seeds)
+        jobs = self._without_repeats(jobs, n_seeds)
+        bound = self._bound(jobs.population)
+        if bound is None:
+            return jobs
+        baselines = np.array([text.startswith("baseline") for text in jobs.origin], dtype=bool)
+        return replace(jobs, bound=np.where(baselines, np.nan, bound))  # those are always measured
+
+    def _many(self, ids: NDArray[np.int64], n_seeds: int) -> Jobs:
+        """Seeds and first draws, repeats included."""
         index = ids - self.first_id
-        n_seeds = int(np.clip(len(self.seeds.population) - index[0], 0, n)) if n else 0
         parts: list[Population] = []
         origin: list[str] = []
         parents = [np.full((n_seeds, 2), -1, dtype=np.int64)]
@@ -192,7 +229,7 @@ class Algorithm:
                 origin += list(draw.origin)
                 parents.append(draw.parents)
         population = Population.concat(parts) if parts else self.space.empty()
-        jobs = Jobs(
+        return Jobs(
             ids=ids,
             population=population,
             keys=self.space.keys(population) if len(population) else (),
@@ -200,12 +237,32 @@ class Algorithm:
             origin=tuple(origin),
             parents=np.concatenate(parents)[: len(ids)],
         )
-        jobs = self._without_repeats(jobs, n_seeds)
-        bound = self._bound(jobs.population)
-        if bound is None:
-            return jobs
-        baselines = np.array([text.startswith("baseline") for text in jobs.origin], dtype=bool)
-        return replace(jobs, bound=np.where(baselines, np.nan, bound))  # those are always measured
+
+    def _one_of_many(self, ids: NDArray[np.int64], basis: Hashable) -> Jobs:
+        """The first draw of one id, as a row of several."""
+        i, ahead = int(ids[0]), self._ahead
+        if ahead is None or not ahead.first_id <= i < ahead.first_id + len(ahead.keys):
+            self._reach = min(2 * self._reach, MOST_AHEAD)
+            ahead = None
+        elif ahead.basis != basis:
+            self._reach = max(1, i - ahead.first_id)
+            ahead = None
+        if ahead is None:
+            drawn = np.arange(i, i + self._reach, dtype=np.int64)
+            draw = self._draw(drawn, self._uniforms(drawn, 0), 1.0)
+            if draw is None:
+                return self._many(ids, 0)
+            ahead = self._ahead = _Ahead(basis, i, draw, self.space.keys(draw.population))
+        row = i - ahead.first_id
+        here = slice(row, row + 1)
+        return Jobs(
+            ids=ids,
+            population=ahead.draw.population.take(here),
+            keys=ahead.keys[here],
+            told_at_ask=self.n_told,
+            origin=(ahead.draw.origin[row],),
+            parents=ahead.draw.parents[here],
+        )
 
     def tell(self, told: Told) -> None:
         """Takes in answers, in id order."""

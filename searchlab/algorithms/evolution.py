@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -71,6 +72,11 @@ class _Pool:
 
     def merge(self, told: Told, rows: NDArray[np.int64], limit: int) -> None:
         self.told += len(rows)
+        if len(rows) == 1 and len(self.ids) == limit:
+            row = rows[0]
+            one = float(told.violation[row]), float(told.losses[row, 0])
+            if not one <= (float(self.violation[-1]), float(self.loss[-1])):  # or NaN
+                return
         v, f = told.violation[rows], told.losses[rows, 0]
         may = np.isfinite(f)
         if len(self.ids) == limit:
@@ -145,6 +151,7 @@ class Evolution(Algorithm):
         self.niches = tuple(sorted(niches))
         self.neighbour = neighbour
         self.quantum = quantum
+        self.shared = 0 if niche is None else 1
         self.race = race
         self._pools: dict[int, _Pool] = {}
 
@@ -167,6 +174,15 @@ class Evolution(Algorithm):
     @cached_property
     def _variation_width(self) -> int:
         return self.variation.width(self.space)
+
+    def _basis(self) -> Hashable | None:
+        if type(self) is not Evolution:  # a subclass may draw in another way
+            return None
+        # All parents there may be: a candidate that was told never changes.
+        filled = [(value, pool) for value, pool in self._pools.items() if len(pool.ids)]
+        return tuple(
+            [(value, pool.ids[: self._parent_count(pool)].tobytes()) for value, pool in filled]
+        )
 
     def _learn(self, told: Told) -> None:
         if self.niche is None:

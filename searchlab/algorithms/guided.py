@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab.algorithms._guard import Evidence, correlation, trusts
+from searchlab.algorithms._ladder import Ladder
+from searchlab.algorithms._learner import Guard, Learner
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, SpaceError
 from searchlab.evaluator import Signal
 from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
 from searchlab.space import Space
-from searchlab.uniforms import BOOTSTRAP, FITS, POOL, uniforms, uniforms_of
+from searchlab.uniforms import POOL, uniforms
+from searchlab.variables import Choice
 
 if TYPE_CHECKING:
     from searchlab.result import Result
 
 __all__ = ["Guided", "StaticSignals"]
 
-GROWTH, STEP = 1.15, 4  # refits: so much more, at least so many labels more
-FOLDS, FEW_FOLDS, FEW = 5, 10, 40  # where labels are few, a fit to fewer says too little
-BATCHES = 3  # so many of the latest batches are what the guard looks at
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
+MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
-PADDED = 16  # fewer rows take other matrix kernels, whose last bits differ
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
 
 
@@ -42,16 +42,6 @@ class StaticSignals(Protocol):
         """float64 (n, number of signals), NaN = missing; a pure function of each candidate."""
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a refit leaves behind."""
-
-    predictor: Predictor | None
-    trusted: bool = False
-    held_out: Evidence = field(default_factory=Evidence)
-    online: Evidence = field(default_factory=Evidence)
-
-
 class Guided(Algorithm):
     """Proposes many candidates of another algorithm, and asks for the one a predictor likes best.
 
@@ -61,20 +51,27 @@ class Guided(Algorithm):
     labels are told and then at fixed counts, 15 % and at least 4 labels apart.
 
     A guard decides at every fit whether the predictor may choose until the next. It looks at
-    labels held out of the fit, and at the predictions that were stored with the latest batches
-    before they were learnt from. Where it does not trust, jobs are the wrapped algorithm's own,
-    exactly those that it would propose alone.
+    labels held out of the fit, at the predictions that were stored with the latest batches before
+    these were learnt from, and at what the latest batches came to. Where it does not trust, jobs
+    are the wrapped algorithm's own, exactly those that it would propose alone.
+
+    With several fidelities candidates are measured at the cheapest one first. The best of those go
+    on, and what they cost so far are inputs of the predictor that chooses them: see `Ladder`.
 
     Args:
         space, seed, first_id, seeds: see `Algorithm`.
         wraps: name of an algorithm for one objective that gives all uniforms of an id their say.
         options: of that algorithm.
-        predictor: name of a predictor.
+        predictor: name of a predictor; None = `stack` where there are signals or cheap fidelities,
+            which come with costly evaluations, `ridge` for choices of `MANY` elements and more,
+            whose parts mostly add up, and `gp` for the rest.
         predictor_options: of that predictor.
         first_fit: labels of the first fit.
         pool: candidates that are ranked for a job.
         guard: "measured", or what it says whatever was measured: "always" or "never".
         signals: gives signals of candidates without evaluating them; None = there are none.
+        fidelities: relative costs, cheapest first, the truth last; one or none = all candidates
+            are measured in full. With a guard that never trusts they are left alone.
 
     Raises:
         ConfigError: numbers out of range, an unknown name, an algorithm that cannot be wrapped.
@@ -92,12 +89,13 @@ class Guided(Algorithm):
         seeds: Seeds | None = None,
         wraps: str = "evolution",
         options: Mapping[str, Any] | None = None,
-        predictor: str = "ridge",
+        predictor: str | None = None,
         predictor_options: Mapping[str, Any] | None = None,
         first_fit: int = 12,
         pool: int = 1000,
-        guard: Literal["measured", "always", "never"] = "measured",
+        guard: Guard = "measured",
         signals: StaticSignals | None = None,
+        fidelities: Sequence[float] = (),
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds)
         if first_fit < 4 or not 4 <= pool <= 10_000:
@@ -111,16 +109,17 @@ class Guided(Algorithm):
         self.first_fit, self.pool = first_fit, pool
         self.signals = signals
         self._of = () if signals is None else _static(signals.signals)
-        self._predictor = predictor
-        self._predictor_options = dict(predictor_options or {})
-        self._factory = resolve(PREDICTORS, predictor, "predictor")
-        self._new_predictor()  # wrong options are found before anything is paid
-        self._told: list[Told] = []
-        self._labels = 0
         self._chosen_ids: set[int] = set()
-        self._fitted = 0
-        self._state = _State(None)
-        self._background: Table | None = None
+        own = first_id + len(self.seeds.population)
+        alone = guard == "never" or self.quantum > 1 or self.max_lag is not None
+        self.ladder = Ladder.of(fidelities, own=own) if not alone else None
+        self.levels = self.ladder is not None
+        self._predictor = predictor or self._fitting_predictor()
+        self._predictor_options = dict(predictor_options or {})
+        self._factory = resolve(PREDICTORS, self._predictor, "predictor")
+        self._new_predictor()  # wrong options are found before anything is paid
+        self.top = self._learner(0)
+        self.cheap = self._learner(1) if self.ladder is not None else None
 
     def _wrapped(self, wraps: str, options: Mapping[str, Any]) -> Algorithm:
         factory = resolve(ALGORITHMS, wraps, "algorithm")
@@ -139,12 +138,31 @@ class Guided(Algorithm):
             )
         return inner
 
+    def _fitting_predictor(self) -> str:
+        if self._of or self.ladder is not None:
+            return "stack"
+        choices = all(isinstance(variable, Choice) for variable in self.space.variables.values())
+        return "ridge" if choices and self.space.size >= MANY else "gp"
+
     def _new_predictor(self) -> Predictor:
         try:
             made: Predictor = self._factory(**self._predictor_options)
         except TypeError as error:
             raise ConfigError(f"options of {self._predictor}: {error}") from None
         return made
+
+    def _learner(self, level: int) -> Learner:
+        """Of the truth (0), or of the cheapest fidelity (1)."""
+        return Learner(
+            self._new_predictor,
+            self._table if level == 0 else self._plain_table,
+            self._unproven if level == 0 else lambda before: self._unseen,
+            seed=self.seed,
+            level=level,
+            first_fit=self.first_fit,
+            guard=self.guard,
+            own=self.first_id + len(self.seeds.population),
+        )
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -156,20 +174,16 @@ class Guided(Algorithm):
             "pool": self.pool,
             "guard": self.guard,
             "signals": [[signal.name, signal.direction] for signal in self._of],
+            **({"fidelities": list(self.ladder.costs)} if self.ladder is not None else {}),
         }
 
     def report(self) -> dict[str, Any]:
         """See `Algorithm.report`: the labels, the last fit, and what the guard says of it."""
-        state = self._state
-        return {
-            "predictor": self._predictor,
-            "labels": self._labels,
-            "fitted_on": self._fitted,
-            "guard": "trusted" if state.trusted else "not trusted",
-            "chosen": self.chosen,
-            "held_out": state.held_out.to_json(),
-            "online": state.online.to_json(),
-        }
+        out = {"predictor": self._predictor, **self.top.to_json(), "chosen": self.chosen}
+        if self.ladder is not None and self.cheap is not None:
+            out["cheapest"] = self.cheap.to_json()
+            out["fidelities"] = self.ladder.to_json()
+        return out
 
     @staticmethod
     def notes(result: Result) -> list[str]:
@@ -177,89 +191,49 @@ class Guided(Algorithm):
         states = [note.get("state") or {} for note in (result.meta.get("proposals") or {}).values()]
         return [
             f"predictor {state['predictor']}: {state['guard']} after {state['labels']} labels "
-            f"(rank correlation {state['held_out']['rho']:.2f} with those held out)."
+            f"(correlation {state['held_out']['rho']:.2f} with those held out)."
             for state in states
             if "guard" in state
         ]
-
-    # -- learning ---------------------------------------------------------------------------
-
-    def tell(self, told: Told) -> None:
-        """See `Algorithm.tell`; the wrapped algorithm hears the same."""
-        super().tell(told)
-        self.inner.tell(told)
-
-    def _learn(self, told: Told) -> None:
-        self._told.append(told)
-        self._labels += int(np.isfinite(told.losses[:, 0]).sum())
 
     @property
     def chosen(self) -> int:
         """How many candidates the predictor has chosen in this process."""
         return len(self._chosen_ids)
 
-    def _counts(self) -> list[int]:
-        """The numbers of labels at which a fit was due, so far."""
-        counts, count = [], self.first_fit
-        while count <= self._labels:
-            counts.append(count)
-            count = max(count + STEP, int(np.ceil(count * GROWTH)))
-        return counts
+    # -- learning ---------------------------------------------------------------------------
 
-    def _refit(self) -> None:
-        """Fits to the told prefix that the last due count ends at, unless that was done."""
-        counts = self._counts()
-        if not counts or counts[-1] == self._fitted:
+    def tell(self, told: Told) -> None:
+        """See `Algorithm.tell`; the wrapped algorithm hears what was measured in full."""
+        super().tell(told)
+        if self.ladder is None:
+            self.inner.tell(told)
             return
-        told = _joined(self._told)
-        self._told = [told]
-        reached = np.cumsum(np.isfinite(told.losses[:, 0]))
-        end = int(np.searchsorted(reached, counts[-1])) + 1
-        population = told.population.take(np.arange(end))
-        losses = _labels(told.losses[:end, 0], told.violation[:end])
-        table = self._table(population)
-        held_out = Evidence()
-        if self.guard == "measured":
-            held_out = correlation([(self._held_out(table, losses, told.ids[:end]), losses)])
-        batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
-        online = Evidence()
-        if told.predicted is not None:
-            mean = told.predicted[:end, 0]
-            last = range(max(0, len(counts) - BATCHES), len(counts))
-            online = correlation((mean[batch == b], losses[batch == b]) for b in last)
-        trusted = self.guard == "always" or (self.guard == "measured" and trusts(held_out, online))
-        self._state = _State(self._fit(table, losses), trusted, held_out, online)
-        self._fitted = counts[-1]
+        for part in self.ladder.split(told):
+            if part.level == len(self.ladder.costs) - 1:
+                self.inner.tell(part.told)
 
-    def _fit(self, table: Table, losses: NDArray[np.float64]) -> Predictor:
-        predictor = self._new_predictor()
-        if self._background is None:
-            u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
-            self._background = self._table(self.space.sample(u))
-        seed = int(uniforms(self.seed, FITS, len(losses), 1, 1)[0, 0] * 2**32)
-        predictor.fit(table, losses, seed=seed, pool=self._background)
-        return predictor
+    def _learn(self, told: Told) -> None:
+        if self.ladder is None:
+            self.top.learn(told)
+            return
+        assert self.cheap is not None
+        self.ladder.learn(told, self.space)
+        for part in self.ladder.split(told):
+            if part.level == len(self.ladder.costs) - 1:
+                self.top.learn(part.told)
+            elif part.level == 0:
+                self.cheap.learn(part.told)
 
-    def _held_out(
-        self, table: Table, losses: NDArray[np.float64], ids: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Every label as predicted by a fit to the other folds, float64 (n,)."""
-        folds = FEW_FOLDS if len(losses) < FEW else FOLDS
-        chance = uniforms_of(self.seed, BOOTSTRAP, ids, 1)[:, 0]
-        fold = np.argsort(np.argsort(chance, kind="stable"), kind="stable") % folds
-        out = np.full(len(losses), np.nan)
-        for number in range(folds):
-            test = np.flatnonzero(fold == number)
-            rest = np.flatnonzero(fold != number)
-            if not len(test):
-                continue
-            predictor = self._fit(table.take(rest), losses[rest])
-            # The mean of the others is the higher the lower the fold's: it has to be taken off.
-            centre = float(predictor.predict(table.take(rest))[0].mean())
-            out[test] = predictor.predict(table.take(test))[0] - centre
-        return out
+    def issue(self, ids: NDArray[np.int64], keys: Sequence[bytes | None]) -> None:
+        """See `Algorithm.issue`."""
+        super().issue(ids, keys)
+        if self.ladder is not None:
+            self.ladder.issue(ids, keys)
 
-    def _table(self, population: Population) -> Table:
+    # -- tables -----------------------------------------------------------------------------
+
+    def _plain_table(self, population: Population) -> Table:
         columns = None
         if self.signals is not None:
             every = self.signals.static_signals(population)
@@ -267,104 +241,196 @@ class Guided(Algorithm):
             columns = every[:, [names.index(signal.name) for signal in self._of]]
         return table_of(self.space, population, signals=columns, of=self._of)
 
+    def _table(self, population: Population) -> Table:
+        """The table that the truth is learnt from: signals, and what cheaper fidelities gave."""
+        table = self._plain_table(population)
+        if self.ladder is None:
+            return table
+        columns, names = self.ladder.columns(self.space.keys(population)), self.ladder.names
+        return replace(
+            table,
+            signals=np.concatenate([table.signals, columns], axis=1),
+            signal_names=(*table.signal_names, *names),
+            directions=(*table.directions, *(("min",) * len(names))),
+        )
+
+    @cached_property
+    def _random(self) -> Population:
+        u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
+        return _sampled(self.space, u)
+
+    @cached_property
+    def _unseen(self) -> Table:
+        """Candidates that nothing was measured of."""
+        return self._plain_table(self._random)
+
+    def _unproven(self, before: int) -> Table:
+        """Candidates as they wait for the truth at an id: measured cheaply where that is done."""
+        if self.ladder is None:
+            return self._unseen
+        cheap = self.ladder.measured(0, before, BACKGROUND)
+        return self._table(self._random if cheap is None else cheap)
+
     # -- proposing --------------------------------------------------------------------------
 
     def ask(self, first_id: int, n: int) -> Jobs:
         """See `Algorithm.ask`."""
-        self._refit()
-        if not self._state.trusted:
-            return self._noted(self.inner.ask(first_id, n))
+        self.top.refit()
+        if self.ladder is not None:
+            return self._ask_level(first_id, min(n, 1))
+        if not self.top.trusted:
+            return self.top.noted(self.inner.ask(first_id, n))
         n_seeds = int(np.clip(self.first_id + len(self.seeds.population) - first_id, 0, n))
-        parts = [self._noted(self.inner.ask(first_id, n_seeds))] if n_seeds else []
-        parts += [self._chosen(i) for i in range(first_id + n_seeds, first_id + n)]
-        return Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
+        parts = [self.inner.ask(first_id, n_seeds)] if n_seeds else []
+        ids = range(first_id + n_seeds, first_id + n)
+        draws = self._drawn(ids)
+        self._look_ahead(draws)
+        parts += [self._fresh(i, self.top, draw) for i, draw in zip(ids, draws, strict=True)]
+        jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
+        return self.top.noted(jobs)
 
-    def _chosen(self, i: int) -> Jobs:
-        """The job of one id: the best new candidate of its pool under its own draw."""
-        assert self._state.predictor is not None
-        draw = self._drawn(i)
+    def _look_ahead(self, draws: Sequence[Draw | None]) -> None:
+        """Lets an evaluator that remembers its signals see the pools of a group at once."""
+        if self.signals is not None and len(draws) > 1:
+            pools = [draw.population for draw in draws if draw is not None]
+            if pools and getattr(self.signals, "remembers", False):
+                self.signals.static_signals(Population.concat(pools))
+
+    def _fresh(self, i: int, learner: Learner, draw: Draw | None) -> Jobs:
+        """A candidate that was never measured: the wrapped algorithm's, or the best of its pool."""
         if draw is not None:
             u = uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH)
-            table = self._table(draw.population)
-            order = np.argsort(self._state.predictor.draw(table, u)[0], kind="stable")
             keys = self.space.keys(draw.population)
-            for row in order.tolist():
+            for row in learner.order(draw.population, u).tolist():
                 if not self.issued_before(keys[row], i):
-                    return self._noted(self._job(i, draw, row, keys[row]))
-        return self._noted(self.inner.ask(i, 1))
+                    word = f"guided:{draw.origin[row]}"
+                    parents = np.asarray(draw.parents)[[row]]
+                    return self._job(i, draw.population.take([row]), keys[row], word, parents)
+        return self.inner.ask(i, 1)
 
-    def _job(self, i: int, draw: Draw, row: int, key: bytes) -> Jobs:
-        self.issue(np.array([i]), [key])
-        self._chosen_ids.add(i)
+    def _alone(self, i: int, learner: Learner) -> Jobs:
+        """`_fresh` of one id, with what is predicted of it."""
+        draw = self._drawn([i])[0] if learner.trusted else None
+        return learner.noted(self._fresh(i, learner, draw))
+
+    def _ask_level(self, i: int, n: int) -> Jobs:
+        """The job of one id where there are several fidelities."""
+        ladder, cheap = self.ladder, self.cheap
+        assert ladder is not None
+        assert cheap is not None
+        level = ladder.level_of(i)
+        if n == 0 or i < ladder.own:
+            return replace(self.top.noted(self.inner.ask(i, n)), fidelity=ladder.at[-1])
+        cheap.refit()
+        if self.top.fitted and not self.top.trusted and not ladder.pays():
+            return replace(self._alone(i, self.top), fidelity=ladder.at[-1])
+        if level and (jobs := self._promoted(i, level)) is not None:
+            return jobs
+        jobs = replace(self._alone(i, cheap), fidelity=ladder.at[0])
+        others = range(ladder.top, 0, -1) if not len(jobs) else ()
+        for other in others:  # nothing is new any more
+            if (late := self._promoted(i, other)) is not None:
+                return late
+        return jobs
+
+    def _promoted(self, i: int, level: int) -> Jobs | None:
+        """A candidate of the level below; None while none waits there."""
+        ladder = self.ladder
+        assert ladder is not None
+        waiting = ladder.waiting(level - 1, i)
+        if waiting is None:
+            return None
+        if self.top.trusted:
+            u = uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH)
+            row = int(self.top.order(waiting.population, u)[0])
+        elif not self.top.fitted and (i - ladder.own) // len(ladder.cycle) % 2:
+            row = 0  # by turn, so that it is seen what the cheap order is worth
+        else:
+            row = int(np.argmin(waiting.losses))
+        ladder.issue(np.array([i]), [waiting.keys[row]])
+        first = int(waiting.ids[row])
+        candidate = waiting.population.take([row])
+        jobs = self._job(i, candidate, waiting.keys[row], "promoted", np.array([[first, first]]))
+        if level == ladder.top:
+            jobs = self.top.noted(jobs)
+        else:
+            jobs = replace(jobs, predicted=np.full((1, 2), np.nan))
+        return replace(jobs, fidelity=ladder.at[level])
+
+    def _job(
+        self, i: int, candidate: Population, key: bytes, word: str, parents: NDArray[np.int64]
+    ) -> Jobs:
+        super().issue(np.array([i]), [key])
+        if self.top.trusted or word != "promoted":
+            self._chosen_ids.add(i)
         return Jobs(
             ids=np.array([i], dtype=np.int64),
-            population=draw.population.take([row]),
+            population=candidate,
             keys=(key,),
             told_at_ask=self.n_told,
-            origin=(f"guided:{draw.origin[row]}",),
-            parents=np.asarray(draw.parents)[[row]],
+            origin=(word,),
+            parents=parents,
         )
 
-    def _drawn(self, i: int) -> Draw | None:
-        """The pool of an id."""
-        width = self.inner._cached_width
-        u = uniforms(self.seed, POOL, i * self.pool, self.pool, width)
-        parts: list[Draw] = []
+    def _part(
+        self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float
+    ) -> list[tuple[NDArray[np.int64], Draw]]:
+        """The wrapped algorithm's candidates of ids, without those beyond repair."""
+        if not len(u):
+            return []
+        try:
+            part = self.inner._draw(ids, u, strength)
+        except SpaceError:
+            if len(u) == 1:
+                return []
+            half = len(u) // 2
+            one = self._part(ids[:half], u[:half], strength)
+            return [*one, *self._part(ids[half:], u[half:], strength)]
+        return [] if part is None else [(ids, part)]
+
+    def _drawn(self, ids: Sequence[int]) -> list[Draw | None]:
+        """The pool of each id; a row of it depends on its own id and uniforms only."""
+        width, shared = self.inner._cached_width, self.inner.shared
+        blocks = [uniforms(self.seed, POOL, i * self.pool, self.pool, width) for i in ids]
+        parts: list[tuple[NDArray[np.int64], Draw]] = []
         start, whole = 0, 0.0
         for strength, share in STRENGTHS:
             whole += share
             stop = round(self.pool * whole)
-            ids = np.full(stop - start, i, dtype=np.int64)
-            part = self.inner._draw(ids, u[start:stop], strength) if len(ids) else None
-            if part is not None:
-                parts.append(part)
+            if not blocks:
+                break
+            for u in blocks:
+                u[:, :shared] = u[0, :shared]
+            u = np.concatenate([block[start:stop] for block in blocks])
+            repeated = np.repeat(np.asarray(ids, dtype=np.int64), stop - start)
+            parts += self._part(repeated, u, strength)
             start = stop
-        if not parts:
-            return None
-        return Draw(
-            Population.concat([part.population for part in parts]),
-            [text for part in parts for text in part.origin],
-            np.concatenate([part.parents for part in parts]),
-        )
+        return [_pool_of(i, parts) for i in ids]
 
-    def _noted(self, jobs: Jobs) -> Jobs:
-        """The jobs with what is predicted of them."""
-        if self._state.predictor is None or not len(jobs):
-            return replace(jobs, predicted=np.full((len(jobs), 2), np.nan))
-        rows = np.arange(max(len(jobs), PADDED)) % len(jobs)
-        mean, sd = self._state.predictor.predict(self._table(jobs.population.take(rows)))
-        return replace(jobs, predicted=np.column_stack([mean, sd])[: len(jobs)])
+
+def _pool_of(i: int, parts: Sequence[tuple[NDArray[np.int64], Draw]]) -> Draw | None:
+    """What parts drawn for many ids hold of one; None = nothing."""
+    found = [(np.flatnonzero(ids == i), draw) for ids, draw in parts]
+    found = [(rows, draw) for rows, draw in found if len(rows)]
+    if not found:
+        return None
+    return Draw(
+        Population.concat([draw.population.take(rows) for rows, draw in found]),
+        [draw.origin[row] for rows, draw in found for row in rows.tolist()],
+        np.concatenate([np.asarray(draw.parents)[rows] for rows, draw in found]),
+    )
+
+
+def _sampled(space: Space, u: NDArray[np.float64]) -> Population:
+    """Candidates of the space; rows whose repair fails are left out."""
+    try:
+        return space.sample(u)
+    except SpaceError:
+        if len(u) == 1:
+            return space.empty()
+        half = len(u) // 2
+        return Population.concat([_sampled(space, u[:half]), _sampled(space, u[half:])])
 
 
 def _static(signals: Sequence[Signal]) -> tuple[Signal, ...]:
     return tuple(signal for signal in signals if signal.when == "static")
-
-
-def _labels(losses: NDArray[np.float64], violation: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Losses to learn: candidates that break constraints come after all others, by how much."""
-    broken = (violation > 0) & np.isfinite(losses)
-    if not broken.any():
-        return losses
-    fine = losses[~broken & np.isfinite(losses)]
-    low, high = (fine.min(), fine.max()) if len(fine) else (0.0, 0.0)
-    beyond = 1.0 + violation[broken] / violation[broken].max()
-    out = losses.copy()
-    out[broken] = high + beyond * (high - low if high > low else 1.0)
-    return out
-
-
-def _joined(parts: Sequence[Told]) -> Told:
-    if len(parts) == 1:
-        return parts[0]
-    return Told(
-        np.concatenate([part.ids for part in parts]),
-        Population.concat([part.population for part in parts]),
-        np.concatenate([part.losses for part in parts]),
-        np.concatenate([part.violation for part in parts]),
-        np.concatenate(
-            [
-                np.full((len(part.ids), 2), np.nan) if part.predicted is None else part.predicted
-                for part in parts
-            ]
-        ),
-    )

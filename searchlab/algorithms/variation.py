@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._variable import normals
 from searchlab.errors import ConfigError
 from searchlab.population import Population
 from searchlab.space import Space
@@ -69,6 +70,8 @@ class UniformVariation:
         }
 
     def width(self, space: Space) -> int:
+        if any(variable.dtype.kind == "f" for variable in space.variables.values()):
+            normals(np.zeros(0))  # loads what mutations need, before workers wait for the first one
         values = sum(variable.width for variable in space.variables.values())
         return 2 + 2 * space.size + values + space.repair_width
 

@@ -4,6 +4,7 @@ from searchlab.executors.base import Chunk, Done, Executor, Usage, evaluate_chun
 from searchlab.executors.local import LocalExecutor
 from searchlab.executors.options import ExecutorOptions
 from searchlab.executors.processes import ProcessExecutor, Retries
+from searchlab.executors.ray import RayExecutor
 
 __all__ = [
     "Chunk",
@@ -12,6 +13,7 @@ __all__ = [
     "ExecutorOptions",
     "LocalExecutor",
     "ProcessExecutor",
+    "RayExecutor",
     "Retries",
     "Usage",
     "evaluate_chunk",

@@ -1,4 +1,4 @@
-"""The thread that keeps worker processes alive, fed and within their deadlines."""
+"""What keeps worker processes alive, fed and within their deadlines: the driver and a thread."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ __all__ = ["Broken", "Retries", "Supervisor", "Task"]
 
 LOG_TICK = 10.0  # seconds between looks at how large the logs are
 TICK = 0.25  # seconds between looks at workers whose death their children hide
+RELIEF = 0.01  # seconds between looks of the thread at whether the driver is away
+AWAY = 0.003  # seconds after which the thread feeds the workers in the driver's place
 STARTS = 5  # when every worker failed to start so often in a row, the run ends
 FIRST_STARTS = 3  # the same when the run begins
 PAUSE = 0.1  # seconds before a worker is started again after it failed to, doubled each time
@@ -107,7 +109,12 @@ class _Worker:
 
 
 class Supervisor:
-    """Owns the workers. Everything but `submit`, `stop` and the figures runs in its own thread.
+    """Owns the workers.
+
+    While the driver waits for results it hears and feeds the workers itself: no other thread has to
+    be woken between an answer and the worker's next task. A thread does the same while the driver
+    is away for longer (it learns, writes, or runs callbacks), and alone looks after processes.
+    Who holds `_turn` may touch the workers.
 
     Attributes:
         done: finished chunks, or the exception that ended the thread.
@@ -151,21 +158,71 @@ class Supervisor:
         self._tasks: deque[Task] = deque()
         self._lock = threading.Lock()
         self._look_at = 0.0
+        self._ended = False  # a worker has closed its end
+        self._turn = threading.Lock()
+        self._waiting = False  # the driver wants the turn or has it
+        self._left_at = -math.inf
+        self._look_wanted = False
+        self._call, self._looked = threading.Event(), threading.Event()
         self._stopping = False
         self._announced = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_out.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._wake_in.fileno(), select.POLLIN)
+        self._by_number: dict[int, _Worker] = {}
         self._thread = threading.Thread(target=self._main, name="searchlab-supervisor", daemon=True)
         self._thread.start()
 
     # -- called by the driver ---------------------------------------------------------------
 
     def submit(self, task: Task) -> None:
-        """Queues a task; never blocks."""
+        """Queues a task, or gives it to a worker that has none; never blocks."""
         with self._lock:
             self.open += 1
             self._tasks.append(task)
-        self._wake()
+        if self._turn.acquire(blocking=False):
+            try:
+                self._assign()
+            finally:
+                self._turn.release()
+        else:
+            self._wake()
+
+    def attend(self, timeout: float | None) -> None:
+        """Serves the workers until something is `done`, at most so many seconds."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        self._waiting = True
+        try:
+            while not self._stopping:
+                if self._turn.locked():
+                    self._wake()  # the thread stands in, and makes room now
+                with self._turn:
+                    if self._attend(until):
+                        return
+                self._have_looked()
+        finally:
+            self._left_at = time.monotonic()
+            self._waiting = False
+
+    def _attend(self, until: float) -> bool:
+        """False as soon as somebody should look after the processes."""
+        while True:
+            self._assign()
+            empty = self.done.empty()
+            self._listen(until if empty else 0.0)
+            if not self.done.empty() or time.monotonic() >= until or self._stopping:
+                return True
+            if self._look_is_due():
+                return False
+
+    def _have_looked(self) -> None:
+        """Lets the thread look after the processes: a signal must not break that off."""
+        self._looked.clear()
+        self._look_wanted = True
+        self._call.set()
+        while self._look_wanted and self._thread.is_alive():
+            self._looked.wait(TICK)
 
     def withdraw(self) -> list[Chunk]:
         """Takes back the tasks that no worker has."""
@@ -178,6 +235,7 @@ class Supervisor:
     def stop(self) -> None:
         """Ends all workers, whatever they are doing; returns when they are gone."""
         self._stopping = True
+        self._call.set()
         if self._thread.is_alive():
             self._wake()
             self._thread.join()
@@ -210,22 +268,53 @@ class Supervisor:
 
     def _main(self) -> None:
         try:
-            for worker in self._workers:
-                self._start(worker)
+            with self._turn:
+                for worker in self._workers:
+                    self._start(worker)
             while not self._stopping:
-                self._assign()
-                self._listen()
-                self._look_after()
+                self._call.clear()
+                away = not self._waiting and time.monotonic() - self._left_at >= AWAY
+                if self._look_wanted or away:
+                    with self._turn:
+                        self._stand_in()
+                else:
+                    self._call.wait(RELIEF)
         except BaseException as error:
             self.opened.put(Broken("boot", type(error).__name__, str(error)))
             self.done.put(error)
+            self._stopping = True
         finally:
+            self._look_wanted = False
+            self._looked.set()
             self._end_all()
             self._wake_in.close()
             self._wake_out.close()
 
+    def _stand_in(self) -> None:
+        """Serves the workers until the driver comes back."""
+        if self._look_wanted or self._look_is_due():
+            self._look_after()
+            self._look_wanted = False
+            self._looked.set()
+        while not (self._stopping or self._waiting):
+            self._assign()
+            self._listen(math.inf)
+            if self._look_is_due():
+                self._look_after()
+
+    def _look_is_due(self) -> bool:
+        """Whether a process has ended, took too long, is to be started, or was not seen lately."""
+        now = time.monotonic()
+        return (
+            self._ended
+            or now >= self._look_at
+            or (self._deadline < math.inf and any(now >= worker.until for worker in self._workers))
+        )
+
     def _assign(self) -> None:
         """Gives the oldest tasks to workers that wait for one."""
+        if not self._tasks:
+            return
         for worker in self._workers:
             if worker.ready and worker.task is None and not self._feed(worker):
                 return
@@ -242,32 +331,36 @@ class Supervisor:
         worker.until = time.monotonic() + self._deadline
         assert worker.end is not None
         worker.end.send(task.message)
+        if worker.end.unsent:
+            self._watch(worker)
         return True
 
-    def _listen(self) -> None:
+    def _watch(self, worker: _Worker) -> None:
+        """Listens to a worker from now on, and for room to send it the rest of what it gets."""
+        assert worker.end is not None
+        wanted = select.POLLIN | (select.POLLOUT if worker.end.unsent else 0)
+        self._poll.register(worker.end.fileno(), wanted)
+        self._by_number[worker.end.fileno()] = worker
+
+    def _listen(self, until: float) -> None:
         """Waits until something happens, and hears what the workers say."""
-        poll = select.poll()
-        poll.register(self._wake_in.fileno(), select.POLLIN)
-        by_number: dict[int, _Worker] = {}
-        until = math.inf
-        for worker in self._workers:
-            if worker.end is None:
-                continue
-            wanted = select.POLLIN | (select.POLLOUT if worker.end.unsent else 0)
-            poll.register(worker.end.fileno(), wanted)
-            by_number[worker.end.fileno()] = worker
-            until = min(until, worker.until)
+        until = min(until, self._look_at)
+        if self._deadline < math.inf:
+            until = min(until, *(worker.until for worker in self._workers))
         wait = max(0.0, min(TICK, until - time.monotonic()))
-        for number, event in poll.poll(math.ceil(wait * 1e3)):
+        for number, event in self._poll.poll(math.ceil(wait * 1e3)):
             if number == self._wake_in.fileno():
                 self._wake_in.recv(4096)
                 continue
-            worker = by_number[number]
+            worker = self._by_number[number]
             assert worker.end is not None
             if event & select.POLLOUT:
                 worker.end.flush()
+                self._watch(worker)
             if event & ~select.POLLOUT:
-                for message in worker.end.read():
+                messages = worker.end.read()
+                self._ended |= worker.end.closed
+                for message in messages:
                     self._hear(worker, message, ended=worker.end.closed)
 
     def _hear(self, worker: _Worker, message: bytes, *, ended: bool) -> None:
@@ -336,6 +429,7 @@ class Supervisor:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        self._ended = False
         look = now >= self._look_at  # asking after each process costs as much as feeding one
         if look:
             self._look_at = now + TICK
@@ -391,6 +485,7 @@ class Supervisor:
             if all(other.starts >= STARTS for other in self._workers):
                 raise RuntimeError(f"none can be started any more: {broken.error} {broken.text}")
             worker.resume_at = time.monotonic() + PAUSE * 2 ** min(worker.starts, 7)
+            self._look_at = min(self._look_at, worker.resume_at)
             return
         self._start(worker)
 
@@ -439,6 +534,7 @@ class Supervisor:
                 log.close()
         worker.end, worker.pipe, worker.broken = DriverEnd(ours), life_out, None
         worker.end.send(self._opening)
+        self._watch(worker)
 
     def _announce(self) -> None:
         if not self._announced and all(worker.ready for worker in self._workers):
@@ -456,6 +552,9 @@ class Supervisor:
         code = process.wait()
         os.close(worker.pipe)
         if worker.end is not None:
+            number = worker.end.fileno()
+            if self._by_number.pop(number, None) is not None:
+                self._poll.unregister(number)
             worker.end.close()
             worker.end = None
         return code

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from searchlab.config import EXECUTORS, resolve
@@ -23,6 +24,7 @@ class ExecutorOptions:
         deadline: seconds for one attempt at a chunk.
         retries: further attempts at a chunk whose worker died or was too slow.
         memory: bytes per worker.
+        more: options that only this executor has.
     """
 
     name: str | None = None
@@ -30,6 +32,7 @@ class ExecutorOptions:
     deadline: float | None = None
     retries: int | None = None
     memory: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Executor:
         """A new executor.
@@ -46,7 +49,14 @@ class ExecutorOptions:
             "deadline": self.deadline,
             "retries": self.retries,
             "memory": self.memory,
+            **self.more,
         }
+        known = inspect.signature(factory).parameters
+        for option, value in self.more.items():
+            if value is not None and option not in known:
+                raise ConfigError(
+                    f"option {option} {value!r} with executor {name!r}; allowed: executor 'ray'"
+                )
         try:
             return factory(**{key: value for key, value in given.items() if value is not None})
         except TypeError as error:

@@ -145,9 +145,11 @@ class ProcessExecutor:
         """All chunks finished by now; waits for one if any is open, at most `timeout` seconds."""
         supervisor = self._running()
         out: list[Done] = []
+        if self._open:
+            supervisor.attend(timeout)
         while self._open:
             try:
-                item = supervisor.done.get(not out, timeout)
+                item = supervisor.done.get_nowait()
             except queue.Empty:
                 break
             if isinstance(item, BaseException):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError, DataError
 from searchlab.evaluator import Signal
-from searchlab.predictor import DRAW_WIDTH, Predictor, Table, table_of
+from searchlab.predictor import DRAW_WIDTH, HoldsOut, Predictor, Table, table_of
 from searchlab.space import Space
 from searchlab.testing.algorithm import SPACES
 from searchlab.uniforms import uniforms
@@ -239,6 +239,45 @@ class PredictorSuite:
             predictor.predict(labelled(plain_space(), 3, signals=1)[0])
         with pytest.raises(ConfigError, match="space"):
             predictor.predict(labelled(SPACES["plain"](), 3, signals=2)[0])
+
+    # -- labels left out --------------------------------------------------------------------
+
+    def held_out(self, predictor: Predictor) -> Floats | None:
+        """What it offers after a fit; None = nothing, as it may."""
+        return predictor.held_out() if isinstance(predictor, HoldsOut) else None
+
+    def test_labels_left_out_are_foreseen_where_that_is_offered(self, build: Build) -> None:
+        table, losses = labelled(plain_space(), 60, signals=2)
+        predictor = build()
+        assert self.held_out(predictor) is None
+        predictor.fit(table, losses, seed=1)
+        said = self.held_out(predictor)
+        if said is None:
+            return
+        assert said.shape == (60,)
+        assert np.isfinite(said).all()
+        assert tau(said, losses) > self.learns - 0.15
+        # Better than nothing, but worse than what was fitted: these were not seen.
+        assert np.abs(np.corrcoef(said, losses)[0, 1]) < 0.999
+        again = self.held_out(self.fitted(build, table, losses))
+        assert again is not None
+        assert np.array_equal(said, again)
+
+    def test_labels_without_a_pattern_are_not_foreseen(self, build: Build) -> None:
+        found = []
+        for seed in range(12):
+            table, losses = labelled(plain_space(), 24, first=100 * seed, signals=1)
+            shuffled = np.random.default_rng(seed).permutation(losses)
+            said = self.held_out(self.fitted(build, table, shuffled))
+            if said is None:
+                return
+            found.append(tau(said, shuffled))
+        assert abs(np.mean(found)) < 0.17
+
+    def test_few_or_equal_labels_leave_none_out(self, build: Build) -> None:
+        table, losses = labelled(plain_space(), 12, signals=1)
+        assert self.held_out(self.fitted(build, table.take(slice(0, 3)), losses[:3])) is None
+        assert self.held_out(self.fitted(build, table, np.full(12, 2.0))) is None
 
     # -- files ------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from searchlab.executors import (
     ExecutorOptions,
     LocalExecutor,
     ProcessExecutor,
+    RayExecutor,
     Retries,
 )
 from searchlab.executors._channel import DriverEnd, WorkerEnd
@@ -78,7 +79,7 @@ class TestProcessExecutor(IsolatingExecutorSuite):
 
 def test_every_executor_has_a_suite() -> None:
     registered = {resolve(EXECUTORS, name, "executor") for name in EXECUTORS}
-    assert registered == {LocalExecutor, ProcessExecutor}
+    assert registered == {LocalExecutor, ProcessExecutor, RayExecutor}
 
 
 # -- the trace ----------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_executors_by_name() -> None:
     assert isinstance(ExecutorOptions(workers=1).build(), LocalExecutor)
     assert isinstance(ExecutorOptions(workers=2).build(), ProcessExecutor)
     assert ExecutorOptions("processes", 3).build().workers == 3
-    with pytest.raises(ConfigError, match="known: local, processes"):
+    with pytest.raises(ConfigError, match="known: local, processes, ray"):
         ExecutorOptions("cloud").build()
     for options in (ExecutorOptions("local", 2), ExecutorOptions("local", deadline=3.0)):
         with pytest.raises(ConfigError, match="executor 'local'"):

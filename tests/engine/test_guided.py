@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import searchlab as sl
 from searchlab.algorithms import Seeds, Told
-from searchlab.algorithms._guard import Evidence, correlation, ranks, trusts
+from searchlab.algorithms._guard import Evidence, Gain, correlation, gain, ranks, trusts
 from searchlab.algorithms.base import Algorithm
 from searchlab.algorithms.guided import Guided
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
@@ -213,6 +213,12 @@ def test_correlations_are_of_ranks_within_batches() -> None:
     failed = np.where(a > 1, np.inf, a)
     assert correlation([(a, failed)]).rho > 0.8
     assert correlation([(np.where(a > 1, np.nan, a), a)]).n == int((a <= 1).sum())
+    # A few labels far off the rest are seen by the values, the order of the rest by the ranks.
+    far = np.concatenate([rng.permutation(a), [20.0, 30.0]])
+    said = np.concatenate([a, [9.0, 9.0]])
+    alone, both = correlation([(said, far)]), correlation([(said, far)], values=True)
+    assert both.rho > alone.rho + 0.1
+    assert correlation([(a, failed)], values=True).rho > 0.5
     assert ranks(np.array([2.0, 1.0, 2.0, np.inf])).tolist() == [1.5, 0.0, 1.5, 3.0]
 
 
@@ -231,11 +237,21 @@ def test_the_interval_covers_what_it_says() -> None:
 def test_trust_needs_held_out_skill_and_no_reversed_batches() -> None:
     good, bad = Evidence(0.7, 0.5, 0.8, 30), Evidence(-0.6, -0.8, -0.2, 12)
     unsure = Evidence(0.3, -0.1, 0.6, 12)
-    assert trusts(good, Evidence())
-    assert trusts(good, unsure)
-    assert not trusts(good, bad)
-    assert not trusts(unsure, good)
-    assert not trusts(Evidence(), Evidence())
+    fine, idle = Gain(0.2, 8), Gain(0.5, 8)
+    assert trusts(good, Evidence(), Gain())
+    assert trusts(good, unsure, fine)
+    assert not trusts(good, unsure, idle)
+    assert not trusts(good, bad, fine)
+    assert not trusts(unsure, good, fine)
+    assert not trusts(Evidence(), Evidence(), Gain())
+
+
+def test_a_gain_is_the_share_of_late_labels_that_are_worse() -> None:
+    early = np.array([1.0, 2.0, 3.0, np.inf])
+    assert gain(early, np.array([0.0, 0.0, 0.5, 0.9])) == Gain(0.0, 4)
+    assert gain(early, np.array([4.0, 4.0, 4.0, 4.0])) == Gain(0.75, 4)
+    assert gain(early, early) == Gain(0.5, 4)
+    assert gain(early, early[:3]) == gain(early[:3], early) == Gain()
 
 
 def test_stored_predictions_that_came_in_reversed_order_end_the_trust() -> None:
@@ -287,6 +303,39 @@ def test_few_labels_among_failures_are_no_reason_to_stop() -> None:
 
     result = sl.search(CHOICES, failing, budget=60, algorithm=spec())
     assert result.counts["evaluations"] == 60
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("predictor", ["ridge", "stack"])
+def test_signals_without_a_word_are_survived(count: int, predictor: str) -> None:
+    class Odd(Signalled):
+        signals = tuple(Signal(f"s{i}", when="static") for i in range(count))
+
+        def static_signals(self, population: Population) -> NDArray[np.float64]:
+            same = self.losses(population)[:, None] * np.arange(1, count + 1)
+            return np.full(same.shape, np.nan) if count == 1 else same
+
+    algorithm = spec(predictor=predictor, pool=30)
+    stage = Stage("search", CHOICES, Odd(), algorithm, Budget(24))
+    result = run(SearchConfig((stage,), seed=2))
+    assert result.counts["evaluations"] == 24
+    state = result.meta["proposals"]["search"]["state"]
+    assert state["labels"] == 24
+    assert state["guard"] == ("trusted" if count == 40 else "not trusted")
+
+
+@pytest.mark.parametrize("guard", ["measured", "always"])
+def test_one_label_and_equal_labels_are_not_trusted(guard: Any) -> None:
+    for fine in (1, 40):
+        algorithm = Guided(CHOICES, seed=1, pool=20, predictor="stack", first_fit=4, guard=guard)
+        for i in range(40):
+            jobs = algorithm.ask(i, 1)
+            assert len(jobs) == 1
+            loss = 3.0 if i < fine else np.inf
+            algorithm.tell(Told(jobs.ids, jobs.population, np.array([[loss]]), np.zeros(1)))
+        state = algorithm.report()
+        assert state["labels"] == fine
+        assert (state["guard"] == "trusted") == (guard == "always" and fine == 40)
 
 
 # -- signals ------------------------------------------------------------------------------------
