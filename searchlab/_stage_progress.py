@@ -32,7 +32,7 @@ def progress_of(leg: StageRun, finished: Sequence[Done]) -> Progress:
         None if leg.executor is None else usage_of(leg.executor),
         leg.stage.chosen,
         leg.best_so_far.front(),
-        leg.limits.device_seconds / 3600,
+        leg._limits.device_seconds / 3600,
         leg.stage.budget.gpu_price,
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from searchlab import __version__, command_external
 from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
+from searchlab._plain import plain
 from searchlab.errors import (
     ConfigError,
     DataError,
@@ -274,8 +275,12 @@ def _execute(
 
 def _resume_command(name: str, out: Path, database: str) -> str:
     """What to type in this folder to go on with a run."""
-    known = out == Path("runs") / name and "://" not in database
-    return f"searchlab resume {shlex.quote(name if known else str(out))}"
+    from searchlab._study_schema import without_password
+
+    command = f"searchlab resume {shlex.quote(name if out == Path('runs') / name else str(out))}"
+    if "://" in database and not database.startswith("sqlite:"):
+        command += f" --database {shlex.quote(without_password(database))}"
+    return command
 
 
 def _counts_line(result: Result) -> str:
@@ -310,7 +315,7 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     address = find_run(options.run, options.database)
     given = {"budget": options.budget, "gpu_price": options.gpu_price}
     changes = {name: value for name, value in given.items() if value is not None}
-    opened = open_config(address, changes=changes)
+    opened = open_config(address, changes=changes, going_on=True)
     check_pace(options, opened.pace)
     place = address.name, address.out, address.database
     return _execute(opened.recipe, opened.options, *place, options)
@@ -367,9 +372,7 @@ def _show(options: argparse.Namespace, rest: list[str]) -> int:
     if options.json:
         print(json.dumps(result.to_json(), indent=1))
     else:
-        print(result.table())
-        print(_counts_line(result))
-        print(result.verdict())
+        print(plain(f"{result.table()}\n{_counts_line(result)}\n{result.verdict()}"))
     return EXIT_OK
 
 
@@ -398,7 +401,7 @@ def _list(options: argparse.Namespace, rest: list[str]) -> int:
     finally:
         base.close()
     for info in infos:
-        print(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}")
+        print(plain(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}"))
     return EXIT_OK
 
 

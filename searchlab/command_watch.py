@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from searchlab._live import LIVE
+from searchlab._plain import plain
 from searchlab._run_layout import LAYOUT, read_layout
 from searchlab.errors import ConfigError, SearchlabError
 from searchlab.utilisation import lag_for, share_at
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
     from searchlab.runs import RunAddress
     from searchlab.study import Database, RunInfo
 
-__all__ = ["plain", "view", "watch"]
+__all__ = ["view", "watch"]
 
 MEASURED = 2000  # newest evaluations that utilisation is computed from
 _SHARE = 0.95
-
-
-def plain(text: str) -> str:
-    """A text from a database, without what would steer a terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 def watch(address: RunAddress, interval: float) -> int:

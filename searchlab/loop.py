@@ -111,7 +111,7 @@ class StageRun:
         self._constraints = constraints_of(self.stage.evaluator)
         self.started = time.monotonic()
         self.proposing_s = 0.0  # seconds of this process that tells and asks took
-        self.limits = Limits(self.stage)
+        self._limits = Limits(self.stage)
         self._planned: dict[int, int] = {}  # when free: what open groups were told
         self.hits = self.finished = self.failed = 0
         self.paid: float = 0  # in evaluations at the stage's fidelity; then, those in flight
@@ -134,7 +134,7 @@ class StageRun:
         """
         known = self._load()
         self.started = time.monotonic()
-        self.limits.begin()
+        self._limits.begin()
         try:
             while True:
                 self._fill(known)
@@ -215,7 +215,7 @@ class StageRun:
 
     def _may_ask(self, q: int) -> bool:
         """Whether the budget has room for any job of the next group."""
-        self.stop_reason = self.limits.reached(self.best.values())
+        self.stop_reason = self._limits.reached(self.best.values())
         if self.stop_reason:
             return False
         if self._left() > ROUNDING or self._baselines_in(self.next_id, q):
@@ -517,7 +517,7 @@ class StageRun:
         self.finished += len(rows)
         self.failed += int(((state != OK) & (state != PRUNED)).sum())
         self.hits += int(cached.sum())
-        self.limits.spend(cost_s[~cached])
+        self._limits.spend(cost_s[~cached])
         own = ~group.baseline[rows]
         self.paid += group.worth(rows, own & ~cached & (state != INFEASIBLE))
         for at in np.flatnonzero(own & cached).tolist():

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fault_tools import environment
 
+from searchlab._plain import plain
 from searchlab.cli import main
-from searchlab.command_watch import plain
 from searchlab.errors import ConfigError
 from searchlab.utilisation import lag_for, share_at
 
