@@ -50,6 +50,7 @@ from searchlab.variables import Choice
 
 CASES = ("kills", "soak", "memory", "journal")
 EVALUATIONS = 60
+BLOCK = 10  # runs of one line
 
 
 def _none(name: str, value: float) -> Aim:
@@ -81,7 +82,7 @@ def _kills(journal: Journal, runs: int, first: int, executor: str = "processes")
         differ, lost = differ + wrong, lost + outcome.lost
         again, left = again + outcome.again, left + outcome.left
     journal.case(
-        f"kills, {executor}",
+        f"kills, {executor}, plans {first} to {first + runs - 1}",
         {
             "runs": runs,
             "evaluations_each": EVALUATIONS,
@@ -313,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quick = bool(options.quick)
     wanted = options.only.split(",")
     if "kills" in wanted:
-        _kills(journal, options.runs or (2 if quick else 100), options.first)
+        runs = options.runs or (2 if quick else 100)
+        for first in range(options.first, options.first + runs, BLOCK):
+            _kills(journal, min(BLOCK, options.first + runs - first), first)
     if "soak" in wanted:
         _soak(journal, options.soak or (8.0 if quick else 300.0))
     if "memory" in wanted:
