@@ -291,14 +291,15 @@ int scalar_rows(const Call& call, void* const* outputs, int row, int rows, std::
     Outputs to{};
     for (int p = 0; p < now; ++p) to.at[p] = outputs[row + done + p];
     int error;
-    if (now > 4)
-      error = launch_scalar<In, Out, 8, V>(call, to, row + done, now, begin, end);
-    else if (now > 2)
-      error = launch_scalar<In, Out, 4, V>(call, to, row + done, now, begin, end);
-    else if (now > 1)
-      error = launch_scalar<In, Out, 2, V>(call, to, row + done, now, begin, end);
-    else
+    if (now == 1)
       error = launch_scalar<In, Out, 1, V>(call, to, row + done, now, begin, end);
+    else if (V == 1 || now > 4)  // single elements are tails: two variants of them are enough
+      error = launch_scalar<In, Out, 8, V>(call, to, row + done, now, begin, end);
+    else if constexpr (V > 1)
+      error = now > 2 ? launch_scalar<In, Out, 4, V>(call, to, row + done, now, begin, end)
+                      : launch_scalar<In, Out, 2, V>(call, to, row + done, now, begin, end);
+    else
+      error = -1;
     if (error) return error;
     done += now;
   }
@@ -340,8 +341,7 @@ int run(const Call& call, void* const* outputs, int rows, std::int64_t n, bool t
     // Three matrix products per coefficient still wait for memory; for few rows they gain nothing.
     while (tensor_cores && rows - row > 8 && n >= 64) {
       const int now = rows - row >= kMaxOutputs ? kMaxOutputs : rows - row;
-      const int error = now > 16 ? launch_matrix<In, Out, 2>(call, outputs, row, now, n / 64)
-                                 : launch_matrix<In, Out, 1>(call, outputs, row, now, n / 64);
+      const int error = launch_matrix<In, Out, 2>(call, outputs, row, now, n / 64);
       if (error) return error;
       const std::int64_t done = n / 64 * 64;
       const int tail = scalar_rows<In, Out, 1>(call, outputs, row, now, done, n);

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,7 @@ class Cluster:
         self._store = max(store, STORE)
         self._own = False
         self._head: tuple[str, int] | None = None
+        self.lost = False  # for good: every call of Ray's would hang
         self._missed: float | None = None  # since when the head does not answer
 
     def prepare(self) -> None:
@@ -101,12 +104,20 @@ class Cluster:
 
     def join(self) -> None:
         """Connects; a connection that exists already is used and left alone."""
-        import ray
+        with _signals_kept():
+            import ray
 
-        if not ray.is_initialized():
-            self._connect(ray)
-            self._own = True
+            if not ray.is_initialized():
+                self._connect(ray)
+                self._own = True
         self._head = split_address(ray.get_runtime_context().gcs_address)
+        given = _given(self.address)
+        if given is not None and not _same(given, self._head):
+            shown = ":".join(map(str, self._head))
+            raise ConfigError(
+                f"address {self.address!r}; this process is connected to the cluster at {shown} "
+                "already, and no other is allowed until ray.shutdown()"
+            )
         if self.address == "auto":
             check_token(self._head[0])
 
@@ -149,6 +160,8 @@ class Cluster:
         self._own = False
         import ray
 
+        if self.lost:
+            _let_go(ray)
         leaving = threading.Thread(target=ray.shutdown, daemon=True)
         leaving.start()
         leaving.join(LEAVE)
@@ -169,6 +182,7 @@ class Cluster:
             if now - self._missed < GONE:
                 return False
             where = ":".join(map(str, self._head))
+            self.lost = True
             raise EvaluationError(
                 f"the head of the Ray cluster at {where} is gone ({_line(error)}); what was "
                 "recorded is kept, and `searchlab resume` goes on, also on another cluster"
@@ -299,6 +313,40 @@ def check_head(where: tuple[str, int]) -> None:
 
 def _given(address: str | None) -> tuple[str, int] | None:
     return None if address in (None, "auto") else split_address(str(address))
+
+
+def _let_go(ray: Any) -> None:
+    """Drops what Ray would do when this process ends: it would wait for the head, then abort."""
+    atexit.unregister(ray.shutdown)
+    worker = sys.modules["ray._private.worker"]
+    atexit.unregister(getattr(worker, "shutdown", ray.shutdown))
+    if sys.excepthook is getattr(worker, "custom_excepthook", None):
+        sys.excepthook = sys.__excepthook__
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes signals for itself, which belong to the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses mean one place."""
+    if one[1] != other[1]:
+        return False
+    try:
+        return one == other or socket.gethostbyname(one[0]) == socket.gethostbyname(other[0])
+    except OSError:
+        return False
 
 
 def _countable(resources: Mapping[str, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ __all__ = ["Member", "Pool", "Setting", "Task"]
 
 TICK = 1.0  # seconds between looks at the cluster
 SLOW = 0.25  # seconds; workers get nothing in advance while any evaluation takes longer
-AHEAD = 0.05  # seconds of work that lie ready with a worker otherwise
+AHEAD = 0.1  # seconds of work that lie ready with a worker otherwise
 MOST = 512  # chunks that lie ready with a worker, at most
 RECENT = 64  # evaluations that say how long one takes
 NODE_LOSSES = 100  # further attempts at a chunk whose node was lost: that is not its fault
@@ -75,6 +75,8 @@ class Member:
         life: counts the actors; what an earlier one says late is dropped.
         state: "pausing", "placing", "setting up" or "ready".
         queue: token -> chunk, oldest first; the first `at_once` are at work.
+        unsent: those of them that have not been sent.
+        asked: a call for answers is open.
     """
 
     number: int
@@ -85,6 +87,7 @@ class Member:
     device: str = ""
     queue: dict[int, Task] = field(default_factory=dict)
     unsent: list[tuple[int, Chunk]] = field(default_factory=list)
+    asked: bool = False
     last_words: str = ""
     broken: Broken | None = None
     failed_starts: int = 0
@@ -177,6 +180,13 @@ class Pool:
         self.open += 1
         self._tasks.append(Task(chunk))
 
+    def withdraw(self) -> list[Chunk]:
+        """Takes back the chunks that no worker has."""
+        chunks = [task.chunk for task in self._tasks]
+        self._tasks.clear()
+        self.open -= len(chunks)
+        return chunks
+
     def step(self, timeout: float) -> None:
         """Feeds the workers, then hears what they say for at most so many seconds.
 
@@ -184,6 +194,7 @@ class Pool:
             EvaluationError: the head of the cluster is gone, or no worker can be started.
         """
         self._feed()
+        self._send(every=True)
         now = time.monotonic()
         if not self.done:
             self._hear(max(0.0, min(timeout, self._look_at - now, self._due - now)))
@@ -191,6 +202,7 @@ class Pool:
             pass
         self._look_after()
         self._feed()
+        self._send(every=False)
 
     def close(self) -> None:
         """Ends all workers at once."""
@@ -225,10 +237,23 @@ class Pool:
                 self._give(member, task)
                 if task.alone or len(member.queue) >= limit:
                     able.remove(member)
+
+    def _send(self, *, every: bool) -> None:
+        """Sends what was given out; a question for answers goes with it where none is open.
+
+        Args:
+            every: ask workers for which there is nothing as well. What the driver does next may
+                give them something, and a message less costs half.
+        """
         for member in self.members:
-            if member.unsent:
-                message, member.unsent = packed(member.unsent), []
+            if member.state != "ready" or not (member.unsent or (every and not member.asked)):
+                continue
+            message, member.unsent = packed(member.unsent) if member.unsent else b"", []
+            if member.asked:
                 member.actor.take.remote(message)
+            else:
+                member.asked = True
+                self._call(member, "give", member.actor.give.remote(message))
 
     def _give(self, member: Member, task: Task) -> None:
         token = next(self._tokens)
@@ -271,7 +296,7 @@ class Pool:
             self._opened(member, future.result())
         else:
             answers, member.last_words = future.result()
-            self._call(member, "give", member.actor.give.remote())
+            member.asked = False
             self.take(member, answers)
         return True
 
@@ -339,6 +364,7 @@ class Pool:
         """Asks Ray for an actor; it waits where no node has room."""
         member.life += 1
         member.state, member.last_words, member.broken = "placing", "", None
+        member.asked = False
         paths = [os.path.abspath(path) for path in sys.path]
         member.actor = self._actor.remote(paths, os.getcwd(), self._variables)
         self._call(member, "hello", member.actor.hello.remote())
@@ -362,7 +388,6 @@ class Pool:
             self._break(member, Broken(*answer[1:]))
             return
         member.state, member.device, member.failed_starts = "ready", answer[1], 0
-        self._call(member, "give", member.actor.give.remote())
 
     def _break(self, member: Member, broken: Broken) -> None:
         """Notes why an actor is of no use, and tries again later."""
@@ -375,7 +400,7 @@ class Pool:
 
     def _kill(self, member: Member) -> None:
         actor, member.actor = member.actor, None
-        if actor is not None:
+        if actor is not None and not self.cluster.lost:
             self._ray.kill(actor)
 
     # -- deaths and deadlines -----------------------------------------------------------------
@@ -415,10 +440,11 @@ class Pool:
             self._break(member, Broken("boot", type(error).__name__, text))
             return
         node = member.where.get("node")
-        if "NodeDied" in type(error).__name__ or node not in self.cluster.nodes():
+        name = type(error).__name__  # of a crash Ray says ActorDied, of silence Unavailable
+        if "NodeDied" in name or "Unavailable" in name or node not in self.cluster.nodes():
             self._bury(member, "node", "its node was lost")
             return
-        if "OutOfMemory" in type(error).__name__ or "OutOfMemory" in str(error):
+        if "OutOfMemory" in name or "OutOfMemory" in str(error):
             reason = "Ray ended it because its node ran out of memory"
         else:
             reason = member.last_words or "it died (out of memory, killed by hand, or a crash)"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Desk", "actor_class"]
 
 GATHER = 0.02  # seconds that finished chunks wait for others while there is enough to do
+LONGEST = 0.1  # the same while there is not, at most
 MANY = 512  # finished chunks that wait for nobody
 LOOK = 0.25  # seconds between looks at the memory
 
@@ -87,8 +88,10 @@ def actor_class() -> type:
             """More chunks."""
             self.desk.take(message)
 
-        def give(self) -> Any:
-            """Finished chunks."""
+        def give(self, message: bytes) -> Any:
+            """More chunks, then finished ones."""
+            if message:
+                self.desk.take(message)
             return self.desk.give()
 
     return SearchlabWorker
@@ -216,7 +219,7 @@ class Desk:
                 self._change.wait()
             # While there is more to do, nothing is lost by waiting for the next ones too.
             while len(self._answers) < MANY and not self._last_words:
-                window = GATHER if self._inbox else min(GATHER, 0.005 * self._mean)
+                window = GATHER if self._inbox else min(LONGEST, 0.01 * self._mean)
                 left = self._since + window - time.monotonic()
                 if left <= 0:
                     break

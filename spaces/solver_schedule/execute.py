@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from searchlab.cuda_ext.solver_update import MAX_INPUTS, solver_update
 from searchlab.errors import SpaceError
 from searchlab.spaces.solver_schedule.coefficients import relaxation_factor
 from searchlab.spaces.solver_schedule.noise_schedule import FloatArray
@@ -71,11 +72,28 @@ def _combine(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     if len(terms) == 1 and terms[0][0] == 1.0:
         return terms[0][1]
+    if like.is_cuda and like.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return _fused(terms)
     total = terms[0][0] * terms[0][1]
     for weight, value in terms[1:]:
         # Product and sum are rounded apart: a fused multiply-add is used for whole vectors but not
         # for the tail, and the bits of a sample would depend on its place in the batch.
         total.add_(weight * value)
+    return total
+
+
+def _fused(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """The same sum in one launch that reads every term once; more terms than fit go in parts."""
+    total: Tensor | None = None
+    for start in range(0, len(terms), MAX_INPUTS - 1):
+        part = terms[start : start + MAX_INPUTS - 1]
+        weights = [weight for weight, _ in part]
+        inputs = [value.contiguous() for _, value in part]
+        if total is not None:
+            weights, inputs = [1.0, *weights], [total, *inputs]
+        table = torch.tensor([weights], dtype=torch.float32)
+        total = solver_update(inputs, table, dtypes=[terms[0][1].dtype])[0]
+    assert total is not None
     return total
 
 

@@ -1,4 +1,4 @@
-"""Real nodes of a Ray cluster on this machine, for tests."""
+"""Real nodes of a Ray cluster on this machine: started, killed, and cleared away."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+__all__ = ["Node", "command_of", "descendants", "environment", "free_port", "head"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -39,17 +41,25 @@ class Node:
     """One node: `ray start --block` with everything below it.
 
     Args:
+        more: further options of `ray start`.
         address: of the head to join; "" = this is the head, at `port`.
+        variables: further environment variables.
     """
 
-    def __init__(self, *more: str, address: str = "", port: int = 0) -> None:
+    def __init__(
+        self,
+        *more: str,
+        address: str = "",
+        port: int = 0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         place = ["--address", address] if address else ["--head", "--port", str(port)]
         place += [] if address else ["--include-dashboard", "false"]
         self.log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115
         store = ["--object-store-memory", "80000000"]
         self.process = subprocess.Popen(
             [str(RAY), "start", "--block", "--disable-usage-stats", *place, *store, *more],
-            env=environment(),
+            env={**environment(), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -100,13 +110,24 @@ def command_of(pid: int) -> str:
 
 
 @contextmanager
-def head(*more: str, cpus: int = 4) -> Iterator[tuple[str, Node]]:
-    """A cluster of one node, and its address."""
+def head(
+    *more: str, cpus: int = 4, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Node]]:
+    """A cluster of one node: its address, and the node.
+
+    Deaths of nodes are noticed after two seconds, not after the fifteen that Ray takes by itself.
+    """
     environment()  # before this process loads Ray
     import ray
 
     port = free_port()
-    node = Node("--num-cpus", str(cpus), *more, port=port)
+    watch = {
+        "RAY_health_check_initial_delay_ms": "500",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "4",
+    }
+    node = Node("--num-cpus", str(cpus), *more, port=port, variables={**watch, **(variables or {})})
     try:
         node.wait()
         yield f"{ray.util.get_node_ip_address()}:{port}", node

@@ -1,0 +1,407 @@
+"""A cluster of Ray: busy workers, cheap evaluations, the driver's cost; one JSON line per case.
+
+    python -m searchlab.experiments.benchmarks.distributed [--quick] [--check] [--out FILE]
+
+Large clusters are stood in for by candidates that sleep for a time that follows from the candidate:
+8 actors of 8 threads are 64 workers. `share_of_ideal` is against workers that never wait, from the
+first start to the last end; `steady` is the share of the workers' time that was spent in
+evaluations up to the last start, without the end at which nothing is left to begin;
+`limit_of_the_lag` is what the order of results leaves if nothing else takes time. Ray Tune runs the
+same sleeping candidates in the same process. The last cases use real nodes (`ray start`): solver
+schedules are searched on two, with the trace held against that of worker processes, and 20 runs
+lose a worker, a node or their driver. `--quick` has fewer
+workers, shorter evaluations and neither Ray Tune nor the two nodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
+from searchlab.evaluator import FunctionEvaluator
+from searchlab.executors import Chunk, Executor, RayExecutor
+from searchlab.experiments.benchmarks._common import Aim, Journal, flags
+from searchlab.experiments.benchmarks._distributed_kills import run_kills
+from searchlab.population import Evaluations, Jobs
+from searchlab.records import Records
+from searchlab.search import run
+from searchlab.space import Space
+from searchlab.study import Database, MemoryRun
+from searchlab.testing.evaluator import jobs_of
+from searchlab.testing.ray_nodes import Node, environment, head
+from searchlab.uniforms import uniforms
+from searchlab.variables import Choice, Integer, Real
+
+Shape = Literal["uniform", "lognormal"]
+SEED = 7
+
+
+def _space() -> Space:
+    return Space(kind=Choice(tuple(range(8)), shape=(16,)), x=Real(0, 1), n=Integer(0, 99))
+
+
+def _fraction(kind: Sequence[int], x: float, n: int) -> float:
+    """A number in [0, 1) that looks random."""
+    return (sum(k * (i + 1.7) for i, k in enumerate(kind)) * 0.618 + x * 97.3 + n * 0.377) % 1
+
+
+def _length(plan: dict[str, Any], shape: Shape, mean: float) -> float:
+    """How long a candidate takes: mean +-50 %, or lognormal with sigma 1; seconds."""
+    fraction = _fraction(**plan)
+    if shape == "uniform":
+        return mean * (0.5 + fraction)
+    z = statistics.NormalDist().inv_cdf(min(max(fraction, 1e-4), 1 - 1e-4))
+    return mean * float(np.exp(z - 0.5))
+
+
+class Sleeper(FunctionEvaluator):
+    """Sleeps as long as each candidate takes; its value does not matter here."""
+
+    thread_safe = True
+
+    def __init__(self, shape: Shape, mean: float) -> None:
+        super().__init__(_fraction, _space(), version=1)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "mean", mean)
+
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        shape: Shape = vars(self)["shape"]
+        plans = self.space.decode(jobs.population)
+        time.sleep(sum(_length(plan, shape, vars(self)["mean"]) for plan in plans))
+        return Evaluations(np.array([_fraction(**plan) for plan in plans]))
+
+
+def _config(evaluator: FunctionEvaluator, budget: int, **more: Any) -> SearchConfig:
+    algorithm = AlgorithmSpec("evolution", {"quantum": more.pop("quantum", 1)})
+    stage = Stage("search", evaluator.space, evaluator, algorithm, Budget(budget))
+    return SearchConfig((stage,), seed=SEED, **more)
+
+
+def _records(config: SearchConfig, executor: Executor) -> Records:
+    store = MemoryRun()
+    run(config, store=store, executor=executor)
+    return store.records()
+
+
+# -- busy workers -----------------------------------------------------------------------------
+
+
+def _lengths(records: Records, shape: Shape, mean: float) -> NDArray[np.float64]:
+    plans = _space().decode(_space().unpack(records.genotypes))
+    return np.array([_length(plan, shape, mean) for plan in plans])
+
+
+def _limit(seconds: NDArray[np.float64], lag: float, workers: int) -> tuple[float, float]:
+    """Share of the ideal with a lag if nothing but evaluations took time: in all, and steady."""
+    free = [0.0] * workers
+    told: list[float] = []  # when all evaluations up to each one had ended
+    starts: list[float] = []
+    for number, length in enumerate(seconds.tolist()):
+        start = max(heapq.heappop(free), told[number - int(lag)] if number >= lag else 0.0)
+        starts.append(start)
+        heapq.heappush(free, start + length)
+        told.append(max(told[-1] if told else 0.0, start + length))
+    whole = float(seconds.sum()) / workers / told[-1]
+    return whole, _steady(np.array(starts), np.array(starts) + seconds, workers)
+
+
+def _steady(started: NDArray[np.float64], finished: NDArray[np.float64], workers: int) -> float:
+    """Share of the workers' time in evaluations, from the first start to the last one."""
+    last = started.max()
+    return float((np.minimum(finished, last) - started).sum() / workers / (last - started.min()))
+
+
+def _busy(
+    journal: Journal,
+    shape: Shape,
+    mean: float,
+    budget: int,
+    lag: int | Literal["free"],
+    size: tuple[int, int],
+    *,
+    aim: tuple[str, float] | None,
+) -> None:
+    actors, threads = size
+    workers = actors * threads
+    executor = RayExecutor(workers=actors, at_once=threads, cpus=0.01)
+    config = _config(Sleeper(shape, mean), budget, lag=lag)
+    cpu = time.process_time()
+    records = _records(config, executor)
+    cpu = time.process_time() - cpu
+    seconds = _lengths(records, shape, mean)
+    bound, steady_bound = _limit(seconds, np.inf if lag == "free" else lag, workers)
+    started, finished = records.started, records.finished
+    wall = float(finished.max() - started.min())
+    figures = {
+        "workers": workers,
+        "lag": lag,
+        "evaluations": len(records),
+        "mean_s": round(float(seconds.mean()), 3),
+        "longest_s": round(float(seconds.max()), 2),
+        "seconds": round(wall, 2),
+        "share_of_ideal": round(float(seconds.sum()) / workers / wall, 4),
+        "limit_of_the_lag": round(bound, 4),
+        "steady": round(_steady(started, finished, workers), 4),
+        "steady_limit_of_the_lag": round(steady_bound, 4),
+        "driver_cpu_ms_per_evaluation": round(1e3 * cpu / len(records), 3),
+    }
+    aims = []
+    if aim is not None:
+        name, least = aim
+        aims = [
+            Aim(name, float(figures[name]), "at least", least, binding=not journal.options.quick)
+        ]
+    journal.case(f"{shape} times, lag {lag}", figures, seeds=(SEED,), aims=aims)
+
+
+def _by_lag(journal: Journal, mean: float, budget: int, workers: int) -> None:
+    """What each lag leaves of a cluster, in virtual time."""
+    space = _space()
+    drawn = space.decode(space.sample(uniforms(SEED, 0, 0, budget, space.sample_width)))
+    figures: dict[str, Any] = {"workers": workers, "evaluations": budget}
+    for shape in ("uniform", "lognormal"):
+        seconds = np.array([_length(plan, shape, mean) for plan in drawn])
+        figures[shape] = {
+            str(lag): round(_limit(seconds, lag, workers)[1], 3)
+            for lag in [workers * 2**i for i in range(6)] + [np.inf]
+        }
+    journal.case("utilisation by lag, virtual time", figures, seeds=(SEED,))
+
+
+def _tune(journal: Journal, mean: float, trials: int, actors: int, threads: int) -> None:
+    """The same sleeping candidates as trials of Ray Tune, as many at once."""
+    import ray
+    from ray import tune
+
+    workers = actors * threads
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+
+    def trial(config: dict[str, Any]) -> dict[str, float]:
+        kind = [config[f"k{i}"] for i in range(16)]
+        plan = {"kind": kind, "x": config["x"], "n": config["n"]}
+        length = _length(plan, "uniform", mean)
+        time.sleep(length)
+        return {"value": length}
+
+    parameters: dict[str, Any] = {f"k{i}": tune.choice(list(range(8))) for i in range(16)}
+    parameters |= {"x": tune.uniform(0, 1), "n": tune.randint(0, 100)}
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"cpu": 1}),
+            param_space=parameters,
+            tune_config=tune.TuneConfig(
+                metric="value",
+                mode="min",
+                num_samples=trials,
+                max_concurrent_trials=workers,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(verbose=0, storage_path=tempfile.mkdtemp()),
+        )
+        began = time.perf_counter()
+        results = tuner.fit()
+        seconds = time.perf_counter() - began
+    finally:
+        ray.shutdown()
+    slept = sum(result.metrics["value"] for result in results if result.metrics)
+    journal.case(
+        "ray tune, uniform times",
+        {
+            "workers": workers,
+            "trials": len(results),
+            "seconds": round(seconds, 2),
+            "share_of_ideal": round(slept / workers / seconds, 4),
+            "evaluations_per_s": round(len(results) / seconds, 2),
+        },
+    )
+
+
+# -- cheap evaluations, and the driver ------------------------------------------------------------
+
+
+def _cheap(journal: Journal, mean: float, budget: int, least: float, chunk: int) -> None:
+    """Chunks through the executor alone, then the same through a search."""
+    evaluator = Sleeper("uniform", mean)
+    space = evaluator.space
+    population = space.sample(uniforms(SEED, 0, 0, budget, space.sample_width))
+    jobs = jobs_of(space, population)
+    executor = RayExecutor(workers=2, cpus=0.01)
+    executor.start((evaluator,))
+    parts = [jobs.take(range(i, min(i + chunk, budget))) for i in range(0, budget, chunk)]
+    for part in parts[:8]:  # connections are made, durations are known
+        executor.submit(Chunk(part))
+    _collect(executor, 8)
+    began, cpu = time.perf_counter(), time.process_time()
+    for part in parts:
+        executor.submit(Chunk(part))
+    _collect(executor, len(parts))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    executor.close()
+    searching = RayExecutor(workers=2, cpus=0.01)
+    config = _config(evaluator, budget, quantum=10 * chunk, chunk=chunk, lag=50 * chunk)
+    records = _records(config, searching)
+    wall = float(records.finished.max() - records.started.min())
+    through = len(records) / wall
+    rate = budget / seconds
+    quick = bool(journal.options.quick)
+    journal.case(
+        f"evaluations of {1e3 * mean:g} ms, two actors",
+        {
+            "evaluations": budget,
+            "chunk": chunk,
+            "per_s": round(rate, 1),
+            "limit_per_s": round(2 / mean, 1),
+            "driver_cpu_ms_per_evaluation": round(1e3 * cpu / budget, 4),
+            "per_s_through_a_search": round(through, 1),
+        },
+        seeds=(SEED,),
+        aims=[
+            Aim("evaluations per second", rate, "at least", least, binding=not quick),
+            Aim("the same in a search", through, "at least", least, binding=not quick),
+        ],
+    )
+
+
+def _collect(executor: Executor, n: int) -> None:
+    while n > 0:
+        n -= len(executor.wait(1.0))
+
+
+def _thousand(journal: Journal, mean: float, budget: int, actors: int, threads: int) -> None:
+    executor = RayExecutor(workers=actors, at_once=threads, cpus=0.01)
+    evaluator = Sleeper("uniform", mean)
+    workers = executor.workers
+    config = _config(evaluator, budget, quantum=max(1, workers // 4), chunk=1, lag=2 * workers)
+    spent: list[float] = []
+    store = MemoryRun()
+    run(
+        config,
+        store=store,
+        executor=executor,
+        callbacks=(lambda progress: spent.append(time.process_time()),),
+    )
+    records = store.records()
+    cost = 1e3 * (spent[-1] - spent[0]) / (len(records) - 1)
+    journal.case(
+        "driver of many workers",
+        {
+            "workers": workers,
+            "evaluations": len(records),
+            "steady": round(_steady(records.started, records.finished, workers), 4),
+            "driver_cpu_ms_per_evaluation": round(cost, 4),
+        },
+        seeds=(SEED,),
+        aims=[
+            Aim(
+                "driver's ms per candidate",
+                cost,
+                "at most",
+                1.0,
+                binding=not journal.options.quick,
+            )
+        ],
+    )
+
+
+# -- two real nodes -------------------------------------------------------------------------------
+
+
+def _room(journal: Journal, budget: int) -> None:
+    """The solver-schedule room on two nodes, and on worker processes."""
+    traces, figures = [], {}
+    with tempfile.TemporaryDirectory() as name, head("--num-gpus", "0", cpus=1) as (address, _):
+        second = Node("--num-cpus", "1", address=address).wait()
+        try:
+            for executor in ("ray", "processes"):
+                more = ["--ray-address", address] if executor == "ray" else []
+                words = ["run", "solver_schedule", "--nfe", "5", "--budget", str(budget)]
+                words += ["--executor", executor, "--workers", "2", "--lag", "8", "--quiet"]
+                began = time.perf_counter()
+                done = subprocess.run(
+                    [sys.executable, "-m", "searchlab", *words, "--name", executor, *more],
+                    cwd=name,
+                    env=environment(),
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode != 0:
+                    raise RuntimeError(f"{words}: {done.stderr[-2000:]}")
+                seconds = time.perf_counter() - began
+                result = json.loads((Path(name) / "runs" / executor / "result.json").read_text())
+                with Database(_database(Path(name))) as base:
+                    records = base.read(executor).records()
+                traces.append(records.trace())
+                figures[executor] = {
+                    "seconds": round(seconds, 1),
+                    "evaluations": len(records),
+                    "busy": result["meta"]["usage"]["utilisation"],
+                    "by_worker": _shares(records),
+                }
+        finally:
+            second.kill()
+    journal.case(
+        "solver schedules on two nodes",
+        figures,
+        aims=[
+            Aim("traces that differ", int(traces[0] != traces[1]), "at most", 0),
+            Aim("nodes at work", len(figures["ray"]["by_worker"]), "at least", 2),
+        ],
+    )
+
+
+def _database(folder: Path) -> Path:
+    (path,) = folder.rglob("*.db")
+    return path
+
+
+def _shares(records: Records) -> dict[str, int]:
+    names, counts = np.unique([w for w in records.worker if w != "cache"], return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all cases; returns the exit code."""
+    options = flags(__doc__, arguments)
+    environment()
+    journal = Journal("distributed", options)
+    size = (2, 4) if options.quick else (8, 8)
+    mean, budget = (0.2, 120) if options.quick else (1.0, 2560)
+    workers = size[0] * size[1]
+    for lag in ("free", 2 * workers):
+        aim = ("share_of_ideal", 0.95)
+        _busy(journal, "uniform", mean, budget, lag, size, aim=aim)
+    _busy(journal, "lognormal", mean, budget, "free", size, aim=("steady", 0.9))
+    if not options.quick:
+        _busy(journal, "lognormal", mean, budget, 8 * workers, size, aim=None)
+    _by_lag(journal, mean, budget, workers)
+    if options.quick:
+        journal.skip("ray tune, uniform times", "the short form has no peers")
+    else:
+        _tune(journal, mean, 4 * workers, *size)
+    _cheap(journal, 1e-4, 4_000 if options.quick else 100_000, 5_000, 20)
+    _cheap(journal, 1e-3, 1_000 if options.quick else 20_000, 1_800, 20)
+    _thousand(journal, *((0.5, 400, 2, 20) if options.quick else (2.0, 10_000, 8, 125)))
+    if options.quick:
+        journal.skip("solver schedules on two nodes", "the short form has no second node")
+        journal.skip("runs with a kill each", "the short form has no second node")
+    else:
+        _room(journal, 200)
+        run_kills(journal, 20)
+    return journal.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
