@@ -434,6 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 parts[part](bench)
     except TimeoutError:
+        journal.close()
         print("stopped by --minutes; the same command goes on", file=sys.stderr)
         return 1
     return journal.close()
