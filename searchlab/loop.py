@@ -219,9 +219,8 @@ class StageRun:
         self.stop_reason = self._limits.reached(self.best.values())
         if self.stop_reason:
             return False
-        if self._left() > ROUNDING or self.algorithm.seeds.baselines(
-            self.next_id - self.first_id, q
-        ):
+        at = self.next_id - self.first_id
+        if self._left() > ROUNDING or self.algorithm.seeds.baselines(at, q):
             return True
         if not self._open:
             self.stop_reason = "budget"
