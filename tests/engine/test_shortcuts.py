@@ -31,7 +31,8 @@ class OneByOne(Evolution):
 
 
 def _lagged(algorithm: Evolution, n: int, lag: int) -> list[Jobs]:
-    waiting, out = [], []
+    waiting: list[tuple[int, Jobs]] = []
+    out: list[Jobs] = []
     for i in range(n):
         while waiting and waiting[0][0] <= i - lag:
             jobs = waiting.pop(0)[1]
