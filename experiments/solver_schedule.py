@@ -32,7 +32,7 @@ __all__ = ["RECIPE", "SolverScheduleOptions", "build"]
 
 
 KEPT = 24  # best known points per number of calls that go on to the search
-POOL = 16  # candidates whose signals are looked at for an evaluation
+POOL = 8  # candidates whose signals are looked at for an evaluation
 
 
 def _option(default: Any, text: str) -> Any:
@@ -43,9 +43,9 @@ def _option(default: Any, text: str) -> Any:
 class SolverScheduleOptions:
     """Options of the recipe, all JSON values."""
 
-    preset: Literal["default", "plain", "released", "paper"] = _option(
+    preset: Literal["default", "guided", "released", "paper"] = _option(
         "default",
-        "default: ours, led by a predictor; plain: ours without one; released: the search of the "
+        "default: our evolution; guided: the same, led by a predictor; released: the search of the "
         "released code; paper: stages of predictor search and true evaluation",
     )
     problem: Literal["digits", "mixture"] = _option(
@@ -191,7 +191,7 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
             "search",
             room.space,
             room.evaluator,
-            _algorithm(options, groups, room.evaluator),
+            _algorithm(options, groups),
             options.limits(300 * len(groups)),
             seeds=known,
             adopt=AdoptBest(room.kept, per="nfe", kinds=kinds) if room.screened else None,
@@ -222,9 +222,7 @@ def _set_threads(options: SolverScheduleOptions) -> None:
         torch.set_num_threads(1)
 
 
-def _algorithm(
-    options: SolverScheduleOptions, groups: tuple[int, ...], evaluator: Any
-) -> AlgorithmSpec:
+def _algorithm(options: SolverScheduleOptions, groups: tuple[int, ...]) -> AlgorithmSpec:
     from searchlab.algorithms.evolution import ParentRule
     from searchlab.config import AlgorithmSpec
     from searchlab.spaces.solver_schedule.variation import ReleasedVariation, ScheduleVariation
@@ -255,15 +253,14 @@ def _algorithm(
         # A fifth of the recipe's own budget is the first sample, four stages share the rest.
         first, batch = KEPT * len(groups) + 60 * len(groups), 60 * len(groups)
         return AlgorithmSpec("staged", {"options": ours, "first": first, "batch": batch})
-    static = [signal for signal in evaluator.signals if signal.when == "static"]
-    if options.preset == "plain" or not static:
+    if options.preset == "default":
         return AlgorithmSpec("evolution", ours)
     return AlgorithmSpec(
         "guided",
         {
             "wraps": "evolution",
             "options": ours,
-            "predictor": "ridge",
+            "predictor": "local",
             "first_fit": KEPT * len(groups),  # what the known points give
             "pool": POOL,
             "fidelities": (),  # few samples are a signal already, and the better chosen ones

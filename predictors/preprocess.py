@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 
 KNOTS = 257  # of a signal's distribution
 QUANTILES = 65  # of the labels' distribution
+BEYOND = 2.0  # most that the score of a value outside of what was seen goes on
 WIDE = 256  # codes beyond which only their means fill signals in
 _EQUAL = 1e-9
 _FAR = 6.0  # robust standard deviations; losses beyond are cut
@@ -61,8 +62,25 @@ class Ruler:
     def __call__(self, column: Floats) -> Floats:
         """Scores float64 (n,); missing = 0."""
         there = np.where(np.isnan(column), self.low, column)
-        scores = np.interp(np.clip(there, self.low, self.high), self.values, self.scores)
+        there = np.clip(there, self.low, self.high)
+        scores = np.interp(there, self.values, self.scores) + self._beyond(there)
         return np.where(np.isnan(column), 0.0, scores)
+
+    def _beyond(self, there: Floats) -> Floats:
+        """How far scores go on outside what was seen, at the slope of the nearest tenth of it.
+
+        A search looks for what is better than anything known: such values must stay apart.
+        """
+        tenth = max(1, len(self.values) // 10)
+        out = np.zeros(len(there))
+        for end, inner, side in ((0, tenth, -1.0), (-1, -1 - tenth, 1.0)):
+            if len(self.values) <= tenth:
+                continue
+            run = abs(float(self.values[inner] - self.values[end]))
+            slope = abs(float(self.scores[inner] - self.scores[end])) / run
+            past = np.maximum(side * (there - self.values[end]), 0.0)
+            out += side * np.minimum(slope * past, BEYOND)
+        return out
 
 
 @dataclass(frozen=True)

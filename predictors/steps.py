@@ -32,7 +32,7 @@ class _Net(nn.Module):
 
     A step is what all variables of the commonest length have at one place; variables of other
     lengths belong to every step. A token is the sum of an embedding of its code and of its number
-    times a vector of its variable.
+    times a vector of its variable; a step sums its tokens and an embedding of its place.
     """
 
     def __init__(self, space: Space, *, width: int) -> None:
@@ -56,6 +56,7 @@ class _Net(nn.Module):
         self.register_buffer("own", (home >= 0).float(), persistent=False)
         self.codes = nn.Embedding(total, width)
         self.numbers = nn.Embedding(len(sizes), width)
+        self.places = nn.Embedding(self.steps, width)
         self.mix = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
@@ -67,6 +68,7 @@ class _Net(nn.Module):
         tokens = self.codes(codes + offsets) + values[..., None] * self.numbers(owners)
         there = active.to(tokens.dtype)
         joined = torch.einsum("se,new->nsw", reads, tokens * there[..., None])
+        joined = joined + self.places.weight
         # A step without any active token of its own is none.
         alive = (torch.einsum("se,ne->ns", reads * own, there) > 0).to(tokens.dtype)
         alive = torch.where(alive.sum(dim=1, keepdim=True) > 0, alive, torch.ones_like(alive))
@@ -84,7 +86,8 @@ class Steps(BasePredictor):
     a fifth of them left out.
 
     Source: the predictors of arXiv 2312.07243 and 2306.08860 (pairs, LSTM, mean over steps). Where
-    we differ: numbers, times among them, enter as numbers and not as sinusoids.
+    we differ: numbers, times among them, enter as numbers and not as sinusoids, and steps know
+    their place.
 
     Args:
         width: of all layers.

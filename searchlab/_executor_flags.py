@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,6 @@ _CLUSTER = {  # flag -> option of executor ray
     "ray_address": "address",
     "gpus_per_worker": "gpus",
     "cpus_per_worker": "cpus",
-    "memory": "memory",
     "resources": "resources",
     "at_once": "at_once",
     "missing": "missing",
@@ -41,6 +42,14 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         type=int,
         metavar="N",
         help="of a call whose worker died or was too slow (3 and 1)",
+    )
+    group.add_argument(
+        "--memory-per-worker",
+        dest="memory_per_worker",
+        type=_bytes,
+        metavar="SIZE",
+        help="such as 2GiB; a worker that uses more is replaced; on a cluster it is also reserved; "
+        "no limit",
     )
     group.add_argument(
         "--stop-grace",
@@ -73,9 +82,6 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
         "--cpus-per-worker", type=float, metavar="N", help="reserved on the node (1)"
     )
     group.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="per worker, such as 24G; more ends it"
-    )
-    group.add_argument(
         "--resources", type=_resources, metavar="NAME=N,...", help="custom ones per worker"
     )
     group.add_argument(
@@ -91,12 +97,6 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _bytes(text: str) -> int:
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    return round(float(number) * unit)
-
-
 def _resources(text: str) -> dict[str, float]:
     pairs = (part.partition("=") for part in text.split(","))
     return {name: float(value) for name, _, value in pairs}
@@ -106,12 +106,26 @@ def _lag(text: str) -> int | str:
     return text if text == "free" else int(text)
 
 
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+)\s*([kKMGT]?)(i?)B?", text.strip())
+    size = 0
+    if found is not None:
+        with suppress(ValueError):
+            power = "_kMGT".index(found[2].replace("K", "k") or "_")
+            size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a size such as 500MB or 2GiB")
+    return size
+
+
 def executor_options(given: argparse.Namespace) -> ExecutorOptions:
     """Which executor the options ask for; a wrong combination is an error at once."""
     from searchlab.executors import ExecutorOptions, RayExecutor
 
     more = {option: getattr(given, flag) for flag, option in _CLUSTER.items()}
-    options = ExecutorOptions(given.executor, given.workers, given.deadline, given.retries, more)
+    options = ExecutorOptions(
+        given.executor, given.workers, given.deadline, given.retries, given.memory_per_worker, more
+    )
     executor = options.build()
     if isinstance(executor, RayExecutor):
         executor.prepare()

@@ -16,6 +16,8 @@ from searchlab.study import Store
 
 __all__ = ["measure_repeat"]
 
+PROBE_ID = 2**60  # above all ids of records
+
 
 def measure_repeat(
     stage: Stage,
@@ -38,16 +40,18 @@ def measure_repeat(
     if not len(fresh):
         return
     rows = [*range(len(fresh)), *[len(fresh) - 1] * (size - len(fresh))]
-    jobs = replace(fresh.take(rows), fidelity=0, replicate=0, stage=0)
+    taken = fresh.take(rows)
+    # An answer that comes late or twice must not be taken for one of the search's.
+    jobs = replace(taken, ids=taken.ids + PROBE_ID, fidelity=0, replicate=0, stage=0)
     chunks = [Chunk(part, evaluator, forget=True) for part in (jobs, *[jobs.take([0])] * 2)]
     for part in chunks:
         executor.submit(part)
-    done: list[Done] = []
+    done: dict[int, Done] = {}
     while len(done) < len(chunks):
-        done += executor.wait()
-    if any(not (np.asarray(part.evaluations.state) == OK).any() for part in done):
+        done.update((id(part.chunk), part) for part in executor.wait())
+    if any(not (np.asarray(part.evaluations.state) == OK).any() for part in done.values()):
         return  # the search itself will record this failure with its reason
-    answers = {id(part.chunk): part.evaluations.values[0] for part in done}
+    answers = {key: part.evaluations.values[0] for key, part in done.items()}
     together, alone, again = (answers[id(part)] for part in chunks)
     alone_again = float(np.nanmax(np.abs(alone - again), initial=0.0))
     in_batch = float(np.nanmax(np.abs(alone - together), initial=0.0))

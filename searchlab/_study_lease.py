@@ -6,18 +6,18 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from searchlab.errors import StudyError
 
 if TYPE_CHECKING:
     from searchlab._study_store import Store
 
-__all__ = ["Owner", "keep_alive"]
+__all__ = ["Owner", "holder_of", "keep_alive"]
 
 BEAT_S = 5.0
 
@@ -88,3 +88,13 @@ def keep_alive(store: Store, every_s: float = BEAT_S) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def holder_of(row: Mapping[str, Any], now: float) -> Owner | None:
+    """Who holds the lease; None when it is free, has run out, or its process is dead."""
+    with suppress(ValueError, TypeError, AttributeError):
+        if row["owner"] is None or row["lease_until"] <= now:
+            return None
+        owner = Owner.parse(row["owner"])
+        return None if owner.is_dead() else owner
+    return None

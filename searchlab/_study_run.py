@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from searchlab._study_claims import claim, release
 from searchlab._study_lease import Owner
 from searchlab._study_schema import errors_named, insert_rows, tables
 from searchlab._study_store import Recorder
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 _KEY = ROW_COLUMNS.index("key")
+CLAIM_COLUMNS = [ROW_COLUMNS.index(name) for name in ("key", "evaluator", "fidelity", "replicate")]
 _KEYS_AT_ONCE = 500  # keys of one look-up statement
 
 
@@ -36,6 +38,7 @@ class Run(Recorder):
         seed: its seed.
         out: its folder, as given.
         created: seconds since 1970.
+        claims: whether `claim` keeps other runs from evaluating the same.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Run(Recorder):
         *,
         owner: Owner | None,
         lease_s: float = 60.0,
+        claims: bool = False,
     ) -> None:
         super().__init__(row["name"])
         self._where = where
@@ -58,11 +62,14 @@ class Run(Recorder):
         self._run = int(row["run"])
         self._owner = owner
         self._lease_s = lease_s
+        self.claims = claims and owner is not None
         self._renewed = time.time()
         self._lost = False
         self._digests: dict[str, int] = {}  # registered for this run
         self._found: dict[str, int] = {}
         self._mine: set[bytes] | None = None  # all keys in the database, where that is known
+        self._alone_at: int | None = None  # version of the file in which no other run has records
+        self._write: bool | None = None  # what the connection's next transactions are
         with errors_named(where):
             self._connection: Connection = engine.connect()
             if owner is not None:
@@ -122,8 +129,21 @@ class Run(Recorder):
         """Every key in the database, if nobody else has written to it; None = not known."""
         if self._mine is None:
             return None
-        others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
-        return None if self._read(others, run=self._run) else self._mine
+        version = self._version()
+        if version is None or version != self._alone_at:
+            others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
+            if self._read(others, run=self._run):
+                return None
+            self._alone_at = version
+        return self._mine
+
+    def _version(self) -> int | None:
+        """Changes when anybody else writes to the file; None where a database cannot tell."""
+        driver = self._connection.connection.driver_connection
+        if driver is None or self._connection.dialect.name != "sqlite":
+            return None
+        # Past SQLAlchemy, as this needs no transaction and is asked for before every proposal.
+        return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
     def _stored_answers(
         self,
@@ -214,6 +234,9 @@ class Run(Recorder):
                 items = [(run, *item) for item in self._items]
                 insert_rows(connection, schema.items, ("run", "id", "dtype", "scores"), items)
                 self._write_meta(connection, self._meta)
+                if self.claims:
+                    places = [[row[i] for i in CLAIM_COLUMNS] for row in self._rows]
+                    release(connection, run, places)
             self._renewed = now
             self._rows, self._items, self._meta = [], [], {}
 
@@ -228,6 +251,18 @@ class Run(Recorder):
         with self._lock:
             self._check_open()
             self._register(digest, *texts)
+
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """See `Store.claim`."""
+        if not self.claims or not keys:
+            return set()
+        with self._lock:
+            self._check_open()
+            place = self._evaluator_row(evaluator), fidelity, replicate
+            with errors_named(self._where), self._transaction(write=True) as connection:
+                return claim(connection, self._run, keys, place)
 
     def heartbeat(self) -> None:
         """See `Store.heartbeat`; writes once per third of the lease. Raises if it was lost."""
@@ -246,6 +281,8 @@ class Run(Recorder):
                     self.set_meta("status", status)
                     self.commit()
                     with errors_named(self._where), self._transaction(write=True) as connection:
+                        if self.claims:
+                            release(connection, self._run, None)
                         self._execute(
                             connection,
                             "UPDATE runs SET owner = NULL, lease_until = 0 "
@@ -387,9 +424,11 @@ class Run(Recorder):
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         super()._check_open()
-        connection = self._connection.execution_options(searchlab_write=write)
-        with connection.begin():
-            yield connection
+        if write is not self._write:
+            self._connection.execution_options(searchlab_write=write)
+            self._write = write
+        with self._connection.begin():
+            yield self._connection
 
     def _read(self, statement: str, **values: Any) -> list[Row]:
         with self._transaction(write=False) as connection:
@@ -411,4 +450,6 @@ class Run(Recorder):
     def _execute(connection: Connection, statement: str, **values: Any) -> int:
         import sqlalchemy as sa
 
+        if connection.dialect.name == "sqlite":
+            return connection.exec_driver_sql(statement, values).rowcount
         return connection.execute(sa.text(statement), values).rowcount

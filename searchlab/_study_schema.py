@@ -32,6 +32,7 @@ __all__ = [
     "other_engine",
     "sqlite_engine",
     "tables",
+    "without_password",
 ]
 
 SCHEMA_VERSION = 1
@@ -61,6 +62,7 @@ class Tables:
     run_evaluators: Table
     records: Table
     items: Table
+    claims: Table
 
 
 @functools.cache
@@ -141,7 +143,19 @@ def tables() -> Tables:
         column("dtype", text),
         column("scores", blob),
     )
-    return Tables(metadata, meta, runs, run_meta, evaluators, run_evaluators, records, items)
+    # What a run evaluates just now, so that no other one of the database does the same.
+    claims = sa.Table(
+        "claims",
+        metadata,
+        key("key", blob),
+        key("evaluator", big),
+        key("fidelity", big),
+        key("replicate", big),
+        column("run", sa.Integer),
+    )
+    return Tables(
+        metadata, meta, runs, run_meta, evaluators, run_evaluators, records, items, claims
+    )
 
 
 def insert_rows(
@@ -208,12 +222,30 @@ def other_engine(url: str) -> Engine:
     import sqlalchemy as sa
 
     try:
-        return sa.create_engine(url, pool_pre_ping=True)
-    except (sa.exc.ArgumentError, ImportError) as error:
+        return sa.create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    except (sa.exc.ArgumentError, ImportError, ValueError) as error:
+        said = f": {error}" if isinstance(error, ImportError) else ""
         raise StudyError(
-            f"database URL {url!r}: {error}; allowed: a file path, sqlite:///PATH or the URL of an "
-            "installed driver"
+            f"database URL {without_password(url)!r} cannot be used{said}; allowed: a file path, "
+            "sqlite:///PATH or the URL of an installed driver"
         ) from None
+
+
+def without_password(url: str) -> str:
+    """A URL without what nobody else may read: for messages, files and records."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    place, question, query = rest.partition("?")
+    before, at, after = place.rpartition("@")
+    if at:
+        place = f"{before.partition(':')[0]}@{after}"
+    kept = [
+        part
+        for part in query.split("&")
+        if part and "pass" not in part.partition("=")[0].lower() and "@" not in part
+    ]
+    return f"{scheme}://{place}{question if kept else ''}{'&'.join(kept)}"
 
 
 def _reading(path: Path) -> str:
@@ -271,10 +303,16 @@ def create_schema(connection: Connection, where: str) -> None:
     """Makes the tables in an empty database; checks the version of any other."""
     import sqlalchemy as sa
 
-    if sa.inspect(connection).get_table_names():
-        check_schema(connection, where)
-        return
     schema = tables()
+    if connection.dialect.name == "postgresql":
+        # Two processes may be the first at once; the number is searchlab's own.
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7204811)")
+    there = sa.inspect(connection).get_table_names()
+    if there:
+        check_schema(connection, where)
+        if schema.claims.name not in there:  # a database of before there were any
+            schema.claims.create(connection)
+        return
     schema.metadata.create_all(connection)
     insert_rows(connection, schema.meta, ("key", "value"), [("schema", str(SCHEMA_VERSION))])
 

@@ -116,6 +116,15 @@ class Store(Protocol):
             pruned: also rows that are pruned, where no ok row answers.
         """
 
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """Those of the candidates that another run of the database is evaluating now.
+
+        All others are this run's until they are recorded or it is closed. Where there are no other
+        runs, or nobody asked for claims, nothing is claimed and the set is empty.
+        """
+
     def set_meta(self, key: str, value: Any) -> None:
         """Sets a JSON value of the run; part of the open batch."""
 
@@ -190,6 +199,12 @@ class Recorder(ABC):
             listed = np.array(list(ids), np.int64)
             self._note(listed)
             self._rows += void_rows(listed.tolist(), stage, told_at_ask, time.time())
+
+    def claim(
+        self, keys: Sequence[bytes], *, evaluator: str, fidelity: int, replicate: int
+    ) -> set[bytes]:
+        """See `Store.claim`."""
+        return set()
 
     def set_meta(self, key: str, value: Any) -> None:
         """See `Store.set_meta`."""

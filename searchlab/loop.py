@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._stage_best import BestSoFar
+from searchlab._stage_claims import Claims
 from searchlab._stage_levels import LevelRule
 from searchlab._stage_limits import Limits
 from searchlab._stage_progress import hopeless, progress_of
@@ -105,6 +106,7 @@ class StageRun:
         self._open = self._empty_ids = 0
         self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
         self._digest = stage_digest(self.stage)
+        self._claims = Claims(self)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._constraints = constraints_of(self.stage.evaluator)
         self.started = time.monotonic()
@@ -138,7 +140,7 @@ class StageRun:
                 self._fill(known)
                 if not self._open:
                     break
-                self._drain()
+                self.take(self._claims.wait())
         except KeyboardInterrupt:
             self.interrupted = True
             self.stop_reason = "interrupted"
@@ -330,7 +332,7 @@ class StageRun:
                         self._waiting[key] = []
             group.entered += 1
         if fresh:
-            self._submit(group, fresh)
+            self.submit(group, self._claims.mine(group, fresh))
         whole = group.entered == len(jobs)
         if whole:
             self._record_voids(group, group.end_id)
@@ -393,7 +395,7 @@ class StageRun:
         found = self._lookup([key], place, other_runs=False, stage=self.index)
         return of_answer(found[key]) if key in found else None
 
-    def _submit(self, group: Group, fresh: list[int]) -> None:
+    def submit(self, group: Group, fresh: list[int]) -> None:
         assert self.executor is not None
         for start in range(0, len(group.jobs), self.chunk):
             block = [row for row in fresh if start <= row < start + self.chunk]
@@ -418,10 +420,6 @@ class StageRun:
     def _is_repeat(self, key: bytes, i: int) -> bool:
         """Whether this stage has an earlier job of the same candidate."""
         return self._repeats and self.algorithm.issued_before(key, i)
-
-    def _drain(self) -> None:
-        assert self.executor is not None
-        self.take(self.executor.wait())
 
     def take(self, finished: list[Done]) -> None:
         """Records finished chunks and tells the callbacks.
@@ -457,7 +455,7 @@ class StageRun:
             return
         whole = keep == list(range(len(done.evaluations)))
         evaluations = done.evaluations if whole else done.evaluations.take(keep)
-        self._record(group, rows, evaluations, done=done)
+        self._record(group, rows, evaluations, cached=done.cached, done=done)
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])

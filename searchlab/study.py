@@ -6,12 +6,11 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from searchlab._study_lease import Owner
+from searchlab._study_lease import Owner, holder_of
 from searchlab._study_run import Run
 from searchlab._study_schema import (
     Durability,
@@ -24,6 +23,7 @@ from searchlab._study_schema import (
     other_engine,
     sqlite_engine,
     tables,
+    without_password,
 )
 from searchlab._study_store import MemoryRun, Store
 from searchlab.errors import RunInUseError, SearchlabWarning, StudyError
@@ -84,19 +84,28 @@ class Database:
         url_or_path: path of an SQLite file, or an SQLAlchemy URL.
         durability: "process": what was committed survives the death of the process; "power": also
             of the machine (each commit waits for the disk). SQLite only.
+        claims: whether runs that are driven at the same time wait for each other's values instead
+            of evaluating the same candidate twice; None = on a database server, where a team works.
 
     Raises:
         StudyError: an unknown durability, or a database in memory.
     """
 
-    def __init__(self, url_or_path: str | Path, *, durability: Durability = "process") -> None:
+    def __init__(
+        self,
+        url_or_path: str | Path,
+        *,
+        durability: Durability = "process",
+        claims: bool | None = None,
+    ) -> None:
         if durability not in ("process", "power"):
             raise StudyError(f"durability {durability!r}; allowed: process, power")
         self._durability = durability
         self._engines: dict[bool, Engine] = {}
         self._path = _sqlite_path(url_or_path)
         self._url = "" if self._path else str(url_or_path)
-        self._where = str(self._path) if self._path else _without_password(self._url)
+        self._claims = self._path is None if claims is None else claims
+        self._where = str(self._path) if self._path else without_password(self._url)
 
     # -- runs ------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Database:
                         _check_free(row, now)
                     self._take(connection, row, owner, now + lease_s, now, out)
         row = {**row, "out": out}
-        return Run(engine, self._where, row, owner=owner, lease_s=lease_s)
+        return Run(engine, self._where, row, owner=owner, lease_s=lease_s, claims=self._claims)
 
     def read(self, name: str) -> Run:
         """A run for reading, also while it is driven. Raises StudyError if there is none."""
@@ -196,7 +205,7 @@ class Database:
         return RunInfo(
             name=str(row["name"]),
             status=str(values.get((row["run"], "status"), "running")),
-            live=_holder(row, now) is not None,
+            live=holder_of(row, now) is not None,
             driver="" if row["owner"] is None else row["owner"].rpartition(":")[0],
             created=float(row["created"]),
             updated=float(row["updated"]),
@@ -320,6 +329,7 @@ class Database:
             .where(runs.c.run == row["run"])
             .values(owner=str(owner), lease_until=until, updated=now, out=out)
         )
+        connection.execute(schema.claims.delete().where(schema.claims.c.run == row["run"]))
         connection.execute(
             meta.delete().where((meta.c.run == row["run"]) & (meta.c.key == "status"))
         )
@@ -330,18 +340,8 @@ class Database:
 # -- checks -------------------------------------------------------------------------------------
 
 
-def _holder(row: Mapping[str, Any], now: float) -> Owner | None:
-    """Who holds the lease; None when it is free, has run out, or its process is dead."""
-    with suppress(ValueError, TypeError, AttributeError):
-        if row["owner"] is None or row["lease_until"] <= now:
-            return None
-        owner = Owner.parse(row["owner"])
-        return None if owner.is_dead() else owner
-    return None
-
-
 def _check_free(row: Mapping[str, Any], now: float) -> None:
-    owner = _holder(row, now)
+    owner = holder_of(row, now)
     if owner is not None:
         raise RunInUseError(
             f"run {row['name']!r} is driven by process {owner.pid} on {owner.host}; its lease ends "
@@ -405,9 +405,3 @@ def _sqlite_path(url_or_path: str | Path) -> Path | None:
     if text in ("", ":memory:"):
         raise StudyError(f"database {str(url_or_path)!r}; allowed: a file (MemoryRun needs none)")
     return Path(text).expanduser()
-
-
-def _without_password(url: str) -> str:
-    before, at, after = url.rpartition("@")
-    scheme, _, user = before.partition("://")
-    return f"{scheme}://{user.partition(':')[0]}@{after}" if at else url

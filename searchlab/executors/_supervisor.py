@@ -17,13 +17,16 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import DriverEnd, unpacked
+from searchlab.executors._watch import log_name, open_log, own_bytes, shorten_log
 from searchlab.executors.base import Chunk, Done, failed_chunk
 
 __all__ = ["Broken", "Retries", "Supervisor", "Task"]
 
+LOG_TICK = 10.0  # seconds between looks at how large the logs are
 TICK = 0.25  # seconds between looks at workers whose death their children hide
 RELIEF = 0.01  # seconds between looks of the thread at whether the driver is away
 AWAY = 0.003  # seconds after which the thread feeds the workers in the driver's place
@@ -45,11 +48,13 @@ class Retries:
         death: after the worker died with it.
         timeout: after it took longer than the deadline.
         error: after the evaluator raised.
+        memory: after the worker used more than it may; a new one has not leaked anything yet.
     """
 
     death: int = 3
     timeout: int = 1
     error: int = 0
+    memory: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class _Worker:
     task: Task | None = None
     until: float = math.inf
     late: bool = False
+    used: int = 0  # bytes when they were too many
     broken: Broken | None = None
     starts: int = 0  # in a row that came to nothing
     resume_at: float = 0.0
@@ -112,7 +118,7 @@ class Supervisor:
     Attributes:
         done: finished chunks, or the exception that ended the thread.
         opened: one item when the workers are ready: None, or why they are not.
-        busy_s, deaths, timeouts, repeats: see `Usage`.
+        busy_s, deaths, timeouts, repeats, overruns: see `Usage`.
         open: chunks that have not come back.
         last: when the last result came (monotonic seconds).
     """
@@ -126,11 +132,13 @@ class Supervisor:
         deadline: float | None,
         retries: Retries,
         environment: Mapping[str, str],
+        memory: int = 0,
+        logs: Path | None = None,
     ) -> None:
         self.done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
         self.opened: queue.SimpleQueue[Broken | None] = queue.SimpleQueue()
         self.busy_s = 0.0
-        self.deaths = self.timeouts = self.repeats = self.open = 0
+        self.deaths = self.timeouts = self.repeats = self.overruns = self.open = 0
         self.last = 0.0
         self._evaluators = evaluators
         self._opening = opening
@@ -139,7 +147,11 @@ class Supervisor:
             "death": retries.death,
             "timeout": retries.timeout,
             "error": retries.error,
+            "memory": retries.memory,
         }
+        self._memory = memory
+        self._logs = logs
+        self._shorten_at = 0.0
         self._environment = dict(environment)
         self._workers = [_Worker(number) for number in range(workers)]
         self._tasks: deque[Task] = deque()
@@ -405,6 +417,10 @@ class Supervisor:
         look = now >= self._look_at  # asking after each process costs as much as feeding one
         if look:
             self._look_at = now + TICK
+        if self._logs is not None and now >= self._shorten_at:
+            self._shorten_at = now + LOG_TICK
+            for worker in self._workers:
+                shorten_log(self._logs / log_name(worker.name))
         for worker in self._workers:
             if worker.process is None:
                 if now >= worker.resume_at:
@@ -413,22 +429,35 @@ class Supervisor:
             if worker.task is not None and now >= worker.until:
                 worker.late = True
                 self._bury(worker)
+            elif look and self._overruns(worker):
+                self._bury(worker)
             elif worker.end is None or worker.end.closed or (look and _has_ended(worker.process)):
                 if worker.end is not None and not worker.end.closed:
                     for message in worker.end.read():  # what it said before it ended
                         self._hear(worker, message, ended=True)
                 self._bury(worker)
 
+    def _overruns(self, worker: _Worker) -> bool:
+        """Whether a worker that is ready uses more memory than it may."""
+        if not self._memory or not worker.ready or worker.process is None:
+            return False
+        used = own_bytes(worker.process.pid)
+        worker.used = used if used > self._memory else 0
+        return worker.used > 0
+
     def _bury(self, worker: _Worker) -> None:
         """Clears up after a worker, decides about its task and starts another in its place."""
         code = self._end(worker)
-        task, late, was_ready = worker.task, worker.late, worker.ready
+        task, late, used, was_ready = worker.task, worker.late, worker.used, worker.ready
         worker.task, worker.until, worker.late, worker.ready = None, math.inf, False, False
+        worker.used = 0
+        self.overruns += used > 0
         if task is not None:
-            self.deaths += not late
+            self.deaths += not (late or used)
             self.timeouts += late
-            if not self._again(task, "timeout" if late else "death"):
-                self._fail(task, worker, self._reason(task, late, code))
+            cause = "timeout" if late else "memory" if used else "death"
+            if not self._again(task, cause):
+                self._fail(task, worker, self._reason(task, late, used, code))
         if not was_ready:
             worker.starts += 1
             broken = worker.broken or Broken("boot", "", f"the worker {_ending(code)}")
@@ -444,16 +473,23 @@ class Supervisor:
             return
         self._start(worker)
 
-    def _reason(self, task: Task, late: bool, code: int) -> str:
+    def _reason(self, task: Task, late: bool, used: int, code: int) -> str:
         attempts = f"{task.attempts} attempt{'s' if task.attempts > 1 else ''}"
         if late:
             return f"timeout: not done within {self._deadline:g} s, {attempts}"
+        if used:
+            limit = self._memory / 1e6
+            return f"memory: the worker used {used / 1e6:.0f} of {limit:.0f} MB, {attempts}"
         return f"lost: the worker {_ending(code)}, {attempts}"
 
     # -- processes --------------------------------------------------------------------------
 
     def _start(self, worker: _Worker) -> None:
         """A new process in a session of its own: a Ctrl-C goes to the driver alone."""
+        log = None
+        if self._logs is not None:
+            with suppress(OSError):  # a full disk must not end the run
+                log = open_log(self._logs / log_name(worker.name))
         ours, theirs = socket.socketpair()
         life_in, life_out = os.pipe()
         paths = [path or os.getcwd() for path in sys.path]
@@ -461,9 +497,16 @@ class Supervisor:
             worker.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", _BOOT, json.dumps(paths)),
-                    *(str(theirs.fileno()), str(life_in), worker.name),
+                    *(
+                        str(theirs.fileno()),
+                        str(life_in),
+                        worker.name,
+                        "log" if log is not None else "",
+                    ),
                 ],
                 stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 pass_fds=(theirs.fileno(), life_in),
                 env=self._environment,
                 start_new_session=True,
@@ -471,6 +514,8 @@ class Supervisor:
         finally:
             theirs.close()
             os.close(life_in)
+            if log is not None:
+                log.close()
         worker.end, worker.pipe, worker.broken = DriverEnd(ours), life_out, None
         worker.end.send(self._opening)
         self._watch(worker)

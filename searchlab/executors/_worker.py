@@ -6,6 +6,7 @@ Every answer is a tuple whose first part names it: "ready", "broken", "done".
 
 from __future__ import annotations
 
+import io
 import multiprocessing.spawn
 import os
 import signal
@@ -50,11 +51,14 @@ def preparing() -> bool:
 
 
 def main() -> None:
-    """Runs a worker; argv is (_, its socket, the pipe that closes when the driver ends, name)."""
+    """Runs a worker; argv is (_, its socket, the pipe that closes when the driver ends,
+    name, "log" where stderr is a log that may have tracebacks)."""
     _outlive_signals()
     end = WorkerEnd(socket.socket(fileno=int(sys.argv[2])))
     _end_with(int(sys.argv[3]))
-    name = sys.argv[4]
+    name, logs = sys.argv[4], sys.argv[5] == "log"
+    if logs and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a worker that is killed flushes nothing
     try:
         opening: Opening = unpacked(end.receive())
         evaluators = _open(opening, end)
@@ -62,7 +66,7 @@ def main() -> None:
             return
         end.send(packed(("ready",)))
         while message := end.receive():
-            end.send(_answer(evaluators, unpacked(message), name))
+            end.send(_answer(evaluators, unpacked(message), name, logs=logs))
     except (EOFError, ConnectionError):
         return  # the driver is gone
 
@@ -137,11 +141,13 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _answer(evaluators: tuple[Evaluator, ...], chunk: Chunk, name: str) -> bytes:
+def _answer(evaluators: tuple[Evaluator, ...], chunk: Chunk, name: str, *, logs: bool) -> bytes:
     from searchlab.executors.base import evaluate_chunk, failed_chunk
 
     evaluator = evaluators[chunk.evaluator]
     done = evaluate_chunk(evaluator, chunk, worker=name)
+    if logs and done.traceback:
+        print(f"job {int(chunk.jobs.ids[0])}\n{done.traceback}", file=sys.stderr, flush=True)
     try:
         return _message(done)
     except Exception as error:

@@ -42,6 +42,7 @@ class Done:
         worker: who evaluated it.
         attempts: how often it was begun, this one included.
         traceback: of the first exception that the evaluator raised, "" without one.
+        cached: another run of the database has evaluated it meanwhile.
     """
 
     chunk: Chunk
@@ -51,6 +52,7 @@ class Done:
     worker: str = "local"
     attempts: int = 1
     traceback: str = ""
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Usage:
         deaths: workers that died with a chunk.
         timeouts: attempts that took longer than the deadline.
         repeats: attempts beyond the first.
+        overruns: workers that were replaced because they used more memory than they may.
     """
 
     workers: int
@@ -72,6 +75,7 @@ class Usage:
     deaths: int = 0
     timeouts: int = 0
     repeats: int = 0
+    overruns: int = 0
 
     @property
     def utilisation(self) -> float:
@@ -86,6 +90,7 @@ class Usage:
             "deaths": self.deaths,
             "timeouts": self.timeouts,
             "repeats": self.repeats,
+            "overruns": self.overruns,
         }
 
 
@@ -93,7 +98,8 @@ class Executor(Protocol):
     """Runs chunks. `submit` never blocks; `wait` returns what has finished.
 
     Methods that an executor may have besides: `usage() -> Usage`; `withdraw() -> list[Chunk]`,
-    which takes back what no worker has begun (see `searchlab.interruption`).
+    which takes back what no worker has begun (see `searchlab.interruption`); `log_to(folder)`,
+    called before `start`, says where what workers print is kept.
     """
 
     @property

@@ -16,20 +16,26 @@ class LocalExecutor:
     """Evaluates in this process, one chunk per `wait`.
 
     Args:
-        workers, deadline, retries: as executors with processes have them; here there is one worker,
-            nothing can be stopped and nothing is lost, so that only the defaults are allowed.
+        workers, deadline, retries, memory: as executors with processes have them; here there is one
+            worker, nothing can be stopped and nothing is lost, so that only defaults are allowed.
 
     Raises:
         ConfigError: something that needs processes.
     """
 
     def __init__(
-        self, *, workers: int = 1, deadline: float | None = None, retries: int | None = None
+        self,
+        *,
+        workers: int = 1,
+        deadline: float | None = None,
+        retries: int | None = None,
+        memory: int | None = None,
     ) -> None:
         for name, value, only in (
             ("workers", workers, 1),
             ("deadline", deadline, None),
             ("retries", retries, None),
+            ("memory", memory, None),
         ):
             if value != only:
                 raise ConfigError(

@@ -23,6 +23,7 @@ class ExecutorOptions:
         workers: how many chunks are evaluated at once.
         deadline: seconds for one attempt at a chunk.
         retries: further attempts at a chunk whose worker died or was too slow.
+        memory: bytes per worker.
         more: options that only this executor has.
     """
 
@@ -30,6 +31,7 @@ class ExecutorOptions:
     workers: int | None = None
     deadline: float | None = None
     retries: int | None = None
+    memory: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Executor:
@@ -46,6 +48,7 @@ class ExecutorOptions:
             "workers": self.workers,
             "deadline": self.deadline,
             "retries": self.retries,
+            "memory": self.memory,
             **self.more,
         }
         known = inspect.signature(factory).parameters

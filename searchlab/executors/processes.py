@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from searchlab import errors
@@ -39,6 +40,8 @@ class ProcessExecutor:
         deadline: seconds for one attempt at a chunk; None = no limit.
         retries: further attempts per cause; a number stands for deaths and timeouts.
         threads: torch and BLAS threads per worker.
+        memory: bytes that a worker with all it has started may use for itself, looked at four times
+            a second; beyond them it is replaced, and its chunk begins again. 0 = no limit.
 
     Raises:
         ConfigError: a number out of range.
@@ -51,19 +54,23 @@ class ProcessExecutor:
         deadline: float | None = None,
         retries: Retries | int | None = None,
         threads: int = 1,
+        memory: int = 0,
     ) -> None:
         if retries is None:
             retries = Retries()
         elif isinstance(retries, int):
-            retries = Retries(death=retries, timeout=retries)
+            retries = Retries(death=retries, timeout=retries, memory=retries)
         _check("workers", workers, 1, 1024)
         _check("threads", threads, 1, 1024)
-        for cause in ("death", "timeout", "error"):
+        _check("memory", memory, 0, 2**62)
+        for cause in ("death", "timeout", "error", "memory"):
             _check(f"retries ({cause})", getattr(retries, cause), 0, 1000)
         if deadline is not None and not 0 < deadline < float("inf"):
             raise ConfigError(f"deadline {deadline!r}; allowed: seconds above 0")
         self.workers = workers
         self._deadline, self._retries, self._threads = deadline, retries, threads
+        self._memory = memory
+        self._logs: Path | None = None
         self._supervisor: Supervisor | None = None
         self._open = 0  # submitted and not returned by `wait`
         self._began: float | None = None
@@ -80,6 +87,10 @@ class ProcessExecutor:
                     f"{_name(evaluator)} cannot be sent to worker processes "
                     f"({' '.join(str(error).split())}); {_WAYS_OUT}"
                 ) from None
+
+    def log_to(self, folder: Path) -> None:
+        """Keeps what each worker prints in a file of this folder, from the next `start` on."""
+        self._logs = folder
 
     def start(self, evaluators: tuple[Evaluator, ...]) -> None:
         """Starts the workers and waits until each has set the evaluators up.
@@ -105,6 +116,8 @@ class ProcessExecutor:
             deadline=self._deadline,
             retries=self._retries,
             environment={**os.environ, **dict.fromkeys(_THREAD_SETTINGS, str(self._threads))},
+            memory=self._memory,
+            logs=self._logs,
         )
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._interval, SWITCH))  # workers wait for the other thread
@@ -167,6 +180,7 @@ class ProcessExecutor:
             supervisor.deaths,
             supervisor.timeouts,
             supervisor.repeats,
+            supervisor.overruns,
         )
 
     def pids(self) -> list[int]:

@@ -221,7 +221,6 @@ def test_an_interrupted_run_ends_with_75_and_is_resumed(
         (["run", "s3", "--budget", "-3"], ["-3", "90min"]),
         (["run", "s3", "--budget", "1.5"], ["1.5", "90min"]),
         (["run", "s3", "--preset", "best"], ["'best'", "released"]),
-        (["run", "s3", "--preset", "paper"], ["'paper'", "default"]),
         (["run", "s3", "--problem", "cats"], ["'cats'", "mixture"]),
         (["run", "s3", "--samples", "2"], ["2", "16 or more"]),
         (["run", "s3", "--config", "none.yaml"], ["'none.yaml'"]),

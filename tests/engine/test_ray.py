@@ -421,7 +421,14 @@ def test_options_of_the_command_line(cluster: str) -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     words = ["--workers", "3", "--executor", "ray", "--ray-address", cluster]
-    words += ["--gpus-per-worker", "0.5", "--memory", "24G", "--resources", "disk=1,H200=0.5"]
+    words += [
+        "--gpus-per-worker",
+        "0.5",
+        "--memory-per-worker",
+        "24G",
+        "--resources",
+        "disk=1,H200=0.5",
+    ]
     built = executor_options(parser.parse_args([*words, "--at-once", "2"])).build()
     assert isinstance(built, RayExecutor)
     assert built.workers == 6

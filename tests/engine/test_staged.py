@@ -44,7 +44,6 @@ def test_stages_come_after_the_first_sample_and_find_more() -> None:
                 budget=80,
                 seed=seed,
                 algorithm=AlgorithmSpec(name, options),
-                version=1,
             )
             left[name].append(result.best.value - best)
     assert np.mean(left["staged"]) < 0.5 * np.mean(left["evolution"])

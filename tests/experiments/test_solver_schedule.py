@@ -19,6 +19,7 @@ from searchlab.search import run
 from searchlab.spaces.solver_schedule.families import fixed_family
 from searchlab.spaces.solver_schedule.schedule_file import load_bundle
 from searchlab.spaces.solver_schedule.table import compile_schedule
+from searchlab.study import MemoryRun
 
 TINY = {"problem": "mixture", "nfe": "5..6", "budget": 32, "samples": 96, "held_out": 64}
 
@@ -40,7 +41,6 @@ def one_thread():
         ({"quantum": 0}, "quantum"),
         ({"report_banks": 1}, "report_banks"),
         ({"samples": 3}, "samples"),
-        ({"preset": "paper"}, "predictors"),
         ({"prompts": "x.txt"}, "for --pipeline"),
         ({"problem": "mixture", "objective": "fd"}, "mixture"),
         ({"problem": "mixture", "label": 3}, "mixture"),
@@ -65,7 +65,47 @@ def test_presets_differ_in_what_the_released_code_does():
     assert ours["variation"].settings()["name"] == "schedule"
 
 
-@pytest.mark.parametrize("preset", ["default", "released"])
+def test_presets_with_a_predictor_wrap_our_evolution():
+    config = build(SolverScheduleOptions(**TINY, preset="guided"))
+    guided, evaluator = config.stages[-1].algorithm, config.stages[-1].evaluator
+    assert guided.name == "guided"
+    assert guided.options["options"]["niches"] == (5, 6)
+    assert evaluator.cheap is not None
+    assert [signal.when for signal in evaluator.signals] == ["static", "static"]
+    small = build(SolverScheduleOptions(**{**TINY, "samples": 64}, preset="guided"))
+    assert small.stages[-1].evaluator.cheap is None
+    paper = build(SolverScheduleOptions(**TINY, preset="paper")).stages[-1].algorithm
+    assert paper.name == "staged"
+    assert paper.options["first"] > 48  # the known points alone are no first sample
+
+
+def test_the_predictor_chooses_once_the_known_points_are_told():
+    options = SolverScheduleOptions(**{**TINY, "nfe": "5", "budget": 48}, preset="guided")
+    store = MemoryRun()
+    result = run(build(options), store=store)
+    origins = store.records().origin
+    assert sum(text.startswith("guided:") for text in origins) >= 32
+    assert result.counts["evaluations"] == 48
+    assert result.counts["failed"] == 0
+
+
+def test_the_published_search_has_stages():
+    options = SolverScheduleOptions(
+        **{**TINY, "nfe": "5", "budget": 20, "samples": 64, "held_out": 32}, preset="paper"
+    )
+    config = build(options)
+    spec = config.stages[-1].algorithm
+    quick = {"first": 30, "batch": 6, "generations": 3, "children": 12}
+    spec = replace(spec, options={**spec.options, **quick, "predictor_options": {"epochs": 10}})
+    config = replace(
+        config, stages=(*config.stages[:-1], replace(config.stages[-1], algorithm=spec))
+    )
+    store = MemoryRun()
+    run(config, store=store)
+    assert sum(text == "staged" for text in store.records().origin) >= 6
+
+
+@pytest.mark.parametrize("preset", ["default", "guided", "released"])
 def test_a_run_has_every_known_point_and_ends_with_a_sentence(preset):
     result = run(build(SolverScheduleOptions(**TINY, preset=preset)))
     assert [group.group for group in result.groups] == [5, 6]

@@ -26,7 +26,7 @@ class TestSteps(PredictorSuite):
 
 STEPPED = Space(
     points=Integer(2, 6),
-    kind=Choice("abc", shape=(6,), when=(ActiveBelow("points"),)),
+    kind=Choice(("a", "b", "c"), shape=(6,), when=(ActiveBelow("points"),)),
     size=Real(0.0, 1.0, shape=(6,), when=(ActiveBelow("points"),)),
 )
 
@@ -93,8 +93,8 @@ def test_options_that_cannot_be_are_named() -> None:
 def test_a_space_without_steps_is_read_too() -> None:
     table, losses = labelled(plain_space(), 40)
     assert _Net(plain_space(), width=8).steps == 6
-    single = Space(a=Choice("xy"), b=Real(0.0, 1.0))
+    single = Space(a=Choice(("x", "y")), b=Real(0.0, 1.0))
     assert _Net(single, width=8).steps == 1
-    steps = Steps(width=16, epochs=40, rate=0.01)
+    steps = Steps(width=16, epochs=100, rate=0.02)
     steps.fit(table, losses, seed=0)
     assert tau(steps.rank(table), losses) > 0.5
