@@ -47,6 +47,7 @@ Floats = NDArray[np.float64]
 TAU = {25: 0.67, 78: 0.72, 390: 0.79, 781: 0.82}
 TAU_12 = {25: 0.70, 78: 0.78, 390: 0.855}
 TABULAR = ("ridge", "rf", "gbdt", "gp", "stack")
+MANY = ("ridge", "gp", "stack")  # those that are measured where labels are many
 BEST_SIGNAL = 0.577  # tau of the best signal alone
 NEGATED = ("zc_naswot", "zc_log10_synflow", "params_m")
 DELE = {25: (0.05, 0.0), 78: (0.06, 0.62), 390: (0.0, 0.73)}  # least lead and tau
@@ -275,15 +276,16 @@ def _flasheval(suite: Suite) -> None:
 
 PARTS: dict[str, Callable[[Suite], None]] = {
     "few": lambda suite: suite.order((25, 78), TABULAR if suite.quick else (*TABULAR, "mfes")),
-    "middle": lambda suite: suite.order((390,)),
-    "many": lambda suite: suite.order((781,)),
+    "middle": lambda suite: suite.order((390,), MANY),
+    "many": lambda suite: suite.order((781,), MANY),
     "times": Suite.times,
     "trained": lambda suite: suite.trained(tuple(TAU_12)),
     "harm": Suite.harm,
     "intervals": lambda suite: suite.intervals(390),
     "transfer": lambda suite: suite.transfer(781),
     "classes": lambda suite: suite.transfer(781, by_class=True),
-    "experts": lambda suite: suite.experts(tuple(DELE), range(2)),
+    "experts": lambda suite: suite.experts((25, 78), range(2)),
+    "more experts": lambda suite: suite.experts((390,), range(2)),
     "flasheval": _flasheval,
 }
 QUICK = ("few", "times")  # what the short form measures
