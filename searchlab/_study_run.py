@@ -185,6 +185,29 @@ class Run(Recorder):
                     out[key] = Answer.from_row(answer)
         return out
 
+    def chunk_seconds(self, most: int) -> list[float]:
+        """How long the newest evaluations of the search took, one number per call, by id."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT started, finished, worker FROM records WHERE run = :run AND cached = 0 "
+                "AND state < 3 AND stage < 1000 ORDER BY id DESC LIMIT :most",
+                run=self._run,
+                most=most,
+            )
+        calls = dict.fromkeys((row[2], row[0], row[1]) for row in reversed(rows))
+        return [max(0.0, float(end) - float(start)) for _, start, end in calls]
+
+    def first_values(self, fidelity: int) -> list[tuple[float, str]]:
+        """(value of the first objective, origin) of all that is ok in the search, by id."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT value, origin FROM records WHERE run = :run AND state = 0 "
+                "AND stage < 1000 AND fidelity = :fidelity ORDER BY id",
+                run=self._run,
+                fidelity=fidelity,
+            )
+        return [(float(value), str(origin)) for value, origin in rows if value is not None]
+
     def evaluators(self) -> dict[int, str]:
         """See `Store.evaluators`."""
         with self._lock, errors_named(self._where):
@@ -263,6 +286,15 @@ class Run(Recorder):
             place = self._evaluator_row(evaluator), fidelity, replicate
             with errors_named(self._where), self._transaction(write=True) as connection:
                 return claim(connection, self._run, keys, place)
+
+    def note(self, key: str, value: Any) -> None:
+        """Sets a JSON value at once, apart from the open batch; renews the lease."""
+        with self._lock:
+            self._check_open()
+            with errors_named(self._where), self._transaction(write=True) as connection:
+                now = self._renew(connection, 0)
+                self._write_meta(connection, {key: json.dumps(value)})
+            self._renewed = now
 
     def heartbeat(self) -> None:
         """See `Store.heartbeat`; writes once per third of the lease. Raises if it was lost."""

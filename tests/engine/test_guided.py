@@ -59,7 +59,9 @@ class TestGuided(AlgorithmSuite):
     @pytest.fixture
     def build(self) -> Build:
         def made(space: Space, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
-            return Guided(space, seed=seed, first_id=first_id, seeds=seeds, pool=40)
+            return Guided(
+                space, seed=seed, first_id=first_id, seeds=seeds, pool=40, predictor="ridge"
+            )
 
         return made
 
@@ -70,7 +72,7 @@ class TestTrustingGuided(AlgorithmSuite):
     @pytest.fixture
     def build(self) -> Build:
         def made(space: Space, seed: int, first_id: int, seeds: Seeds | None) -> Algorithm:
-            return Guided(space, seed=seed, first_id=first_id, seeds=seeds, pool=40, guard="always")
+            return Guided(space, seed=seed, first_id=first_id, seeds=seeds, pool=20, guard="always")
 
         return made
 
@@ -87,7 +89,8 @@ class TestGuidedGenerations(AlgorithmSuite):
                 first_id=first_id,
                 seeds=seeds,
                 options={"quantum": 8},
-                pool=40,
+                predictor="ridge",
+                pool=20,
                 guard="always",
             )
 
