@@ -304,6 +304,10 @@ class Warm:
         found = float(held @ rest) / (size * (1 + RESERVE / len(rest)) ** 2)
         return float(np.clip(found, 0.0, 1.0))
 
+    def storable(self, make: Callable[[], Predictor]) -> Warm:
+        """An unfitted one that begins at the same predictor and learns by another kind."""
+        return Warm(self.earlier, make=make, frozen=self.frozen)
+
     def held_out(self) -> Floats | None:
         """See `HoldsOut.held_out`; the earlier predictor has seen none of the labels."""
         return self._unseen
