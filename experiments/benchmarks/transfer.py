@@ -6,9 +6,10 @@
 `order`: a predictor of CIFAR-10 labels of NAS-Bench-201 goes to a folder and is read back.
 Kendall's tau on cells whose CIFAR-100 labels nobody has seen: as it is, refitted to 25 of them
 (`warm`), and of a predictor that sees these 25 only. `cells`: true evaluations until one of the 16
-best cells of CIFAR-100 is found, from scratch, with the ten best cells of a search on CIFAR-10 to start at,
-and with the predictor that this search left beside them. `calls`: schedules of 6 model calls, then
-of 8 (problem `mixture`): evaluations to the error that the search from scratch ends with.
+best cells of CIFAR-100 is found, from scratch, with the ten best cells of a search on CIFAR-10 to
+start at, and with the predictor that this search left beside them. `calls`: schedules of 6 model
+calls, then of 8 (problem `mixture`): evaluations to the error that the search from scratch ends
+with.
 
 Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
 below $SEARCHLAB_DATA; its cases are skipped where it is not.
@@ -135,7 +136,7 @@ def cells(journal: Journal, folder: Path) -> None:
     """Evaluations to a top cell of CIFAR-100 after a search on CIFAR-10."""
     quick = journal.options.quick
     seeds = range(1 if quick else 5)
-    most = 40 if quick else MOST
+    most = 20 if quick else MOST
     new = evaluator_of(folder, "cifar100")
     top = float(np.sort(new.values()[:, 0])[-TOP])
     ways: dict[str, dict[str, Any]] = {
