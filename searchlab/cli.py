@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from searchlab import __version__, command_external
 from searchlab import _predictor_flags as earlier
 from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
+from searchlab._plain import plain
 from searchlab.errors import (
     ConfigError,
     DataError,
@@ -117,6 +118,8 @@ def _parser() -> _Parser:
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub.add_argument("--watch", action="store_true", help="as it goes on, until its driver ends")
+    sub.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="of --watch")
     sub = add("report", "write report.html again", _report)
     sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
     command_external.add_parsers(add)
@@ -285,8 +288,12 @@ def _execute(
 
 def _resume_command(name: str, out: Path, database: str) -> str:
     """What to type in this folder to go on with a run."""
-    known = out == Path("runs") / name and "://" not in database
-    return f"searchlab resume {shlex.quote(name if known else str(out))}"
+    from searchlab._study_schema import without_password
+
+    command = f"searchlab resume {shlex.quote(name if out == Path('runs') / name else str(out))}"
+    if "://" in database and not database.startswith("sqlite:"):
+        command += f" --database {shlex.quote(without_password(database))}"
+    return command
 
 
 def _counts_line(result: Result) -> str:
@@ -320,7 +327,7 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     address = find_run(options.run, options.database)
     given = {"budget": options.budget, "gpu_price": options.gpu_price}
     changes = {name: value for name, value in given.items() if value is not None}
-    opened = open_config(address, changes=changes)
+    opened = open_config(address, changes=changes, going_on=True)
     check_pace(options, opened.pace)
     place = address.name, address.out, address.database
     return _execute(opened.recipe, opened.options, opened.config, *place, options)
@@ -368,13 +375,16 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.watch:
+        from searchlab.command_watch import watch
+        from searchlab.runs import find_run
+
+        return watch(find_run(options.run, options.database), options.interval)
     _, result = _stored_result(options)
     if options.json:
         print(json.dumps(result.to_json(), indent=1))
     else:
-        print(result.table())
-        print(_counts_line(result))
-        print(result.verdict())
+        print(plain(f"{result.table()}\n{_counts_line(result)}\n{result.verdict()}"))
     return EXIT_OK
 
 
@@ -403,7 +413,7 @@ def _list(options: argparse.Namespace, rest: list[str]) -> int:
     finally:
         base.close()
     for info in infos:
-        print(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}")
+        print(plain(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}"))
     return EXIT_OK
 
 

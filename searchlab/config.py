@@ -72,6 +72,8 @@ PREDICTORS: dict[str, str] = {
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
     "local": "searchlab.predictors.local:Local",
+    "mfes": "searchlab.predictors.mfes:MultiFidelity",
+    "refined": "searchlab.predictors.transfer:Refined",
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",

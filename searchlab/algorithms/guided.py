@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,11 +278,12 @@ class Guided(Algorithm):
         if self.ladder is None:
             return table
         columns, names = self.ladder.columns(self.space.keys(population)), self.ladder.names
+        losses: list[Literal["min"]] = ["min"] * len(names)
         return replace(
             table,
             signals=np.concatenate([table.signals, columns], axis=1),
             signal_names=(*table.signal_names, *names),
-            directions=(*table.directions, *(("min",) * len(names))),
+            directions=(*table.directions, *losses),
         )
 
     @cached_property
