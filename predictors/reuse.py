@@ -22,7 +22,7 @@ from searchlab.predictors.artifact import (
     read_artifact,
     write_artifact,
 )
-from searchlab.predictors.base import BasePredictor, part_of
+from searchlab.predictors.base import part_of
 from searchlab.predictors.preprocess import Labels, usable_losses
 from searchlab.predictors.stack import Stack
 from searchlab.space import Space
@@ -110,17 +110,10 @@ class Earlier:
     def table(self, table: Table) -> Table:
         """Candidates of the new space and task as the predictor reads them."""
         wanted = {signal.name: signal.direction for signal in self.signals}
-        background = None
-        if self.adapted and wanted:
-            if self._seen is None and self._background is not None:
-                self._seen = self._background()
-            background = self._seen
-            if background is not None:
-                missing = [n for n in wanted if n not in background.signal_names]
-                wanted_there = {n: d for n, d in wanted.items() if n not in missing}
-                background = background if wanted_there else None
+        if self.adapted and wanted and self._seen is None and self._background is not None:
+            self._seen = self._background()
         quantiles = {signal.name: signal.quantiles for signal in self.signals}
-        table = matched(table, wanted, background, quantiles)
+        table = matched(table, wanted, self._seen if self.adapted else None, quantiles)
         if table.space.fingerprint == self.space.fingerprint:
             return table
         return mapped_table(table, self.space)
@@ -439,8 +432,9 @@ class Warm:
 
 
 def _state_of(predictor: Predictor, *, with_data: bool) -> State:
-    if not isinstance(predictor, BasePredictor | Warm):
+    if not (hasattr(predictor, "state") and hasattr(predictor, "of_state")):
         raise ConfigError(
-            f"predictor {predictor.name!r} inside another; allowed: one that comes with searchlab"
+            f"predictor {predictor.name!r} inside another; allowed: one with state and of_state"
         )
-    return predictor.state(with_data=with_data)
+    out: State = predictor.state(with_data=with_data)
+    return out
