@@ -103,8 +103,9 @@ QUICK = (Case("mixture", 5, 160, (0,), 1024, 512, limit=1.25),)
 def measure(case: Case, seed: int) -> dict[Who, dict[str, Any]]:
     """Both runs of one seed, as JSON."""
     found: dict[Who, dict[str, Any]] = {}
+    order: tuple[Who, ...] = ("guided", "plain")
     with runs.database(None) as base:
-        for who in ("guided", "plain"):
+        for who in order:
             found[who] = _one(base, case, who, seed)
     return found
 
