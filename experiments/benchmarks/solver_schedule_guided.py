@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             both = _kept(options.folder, case, seed, go=not late)
             if both is None:
                 print(f"stopped before {case.name}, seed {seed}", file=sys.stderr)
+                journal.close()  # the cases that are complete
                 return 3
             for who, into in found.items():
                 into.append(both[who])
