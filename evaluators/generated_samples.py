@@ -82,6 +82,7 @@ class SampleScore:
 
     def start(self, replicate: int, n: int) -> Tensor:
         """The first n start states of a replicate, (n, *shape) float32."""
+        # Kept for the candidates that follow: drawing costs more than sampling a small network.
         if self._start is None or self._start[0] != (replicate, n):
             split, number = split_of(replicate)
             noise = noise_bank(split_seed(self.seed, split, number), 0, n, self.shape)
@@ -108,8 +109,8 @@ class SampleScore:
 class NoiseLevelLoss:
     """Weighted squared error of a denoiser at fixed noise levels, on fixed noise.
 
-    Every replicate takes the next rows of its split's data with noise of their own; the splits share
-    no rows. Items are the rows' losses, so that paired tests are possible.
+    Every replicate takes the next rows of its split's data, with noise of their own; the splits
+    share no rows. Items are the rows' losses, so that paired tests are possible.
 
     Args:
         loss: (state, data (n, *shape), noise (n, *shape), level) -> losses (n,).

@@ -48,9 +48,9 @@ class MergedCommandEvaluator(CommandEvaluator):
         assert self.bank is not None
         return {
             **super().identity(),
-            "checkpoints": [sorted(found.items()) for found in self.bank.hashes],
+            "checkpoints": self.bank.hashes,
             "delta": self.bank.delta,
-            "groups": None if self.groups is None else sorted(self.groups.items()),
+            "groups": None if self.groups is None else dict(self.groups),
         }
 
     def evaluate(self, jobs: Jobs) -> Any:

@@ -99,10 +99,10 @@ class MergedModelEvaluator:
     def identity(self) -> Mapping[str, Any]:
         return {
             "version": VERSION,
-            "checkpoints": [sorted(found.items()) for found in self.bank.hashes],
+            "checkpoints": self.bank.hashes,
             "delta": self.bank.delta,
             "tile": self.bank.tile,
-            "groups": None if self.groups is None else sorted(self.groups.items()),
+            "groups": None if self.groups is None else dict(self.groups),
             "score": dict(self.score.identity()),
         }
 
@@ -152,7 +152,7 @@ class MergedModelEvaluator:
 class FunctionScore:
     """Any function of a state dict, or of a model that holds it.
 
-    The function is called as f(state) or, where it takes a second argument, f(state, seed): the
+    The function is called as f(state) or, where it needs a second argument, f(state, seed): the
     seed is another one for every replicate of the search, selection and report splits, and the same
     for all candidates. With `model` it gets the module instead, with the weights loaded strictly.
 
@@ -180,7 +180,10 @@ class FunctionScore:
             positional = [
                 p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
             ]
-            self._seeded = len(positional) > 1
+            second = positional[1] if len(positional) > 1 else None
+            self._seeded = second is not None and (
+                second.name == "seed" or second.default is second.empty
+            )
         except (TypeError, ValueError):
             self._seeded = False
         self._module: nn.Module | None = None
@@ -209,7 +212,7 @@ class FunctionScore:
         if isinstance(answer, Tensor):
             answer = answer.detach().cpu().numpy()
         try:
-            numbers = np.asarray(answer, dtype=np.float64).reshape(-1)
+            numbers = np.asarray([] if answer is None else answer, dtype=np.float64).reshape(-1)
         except (TypeError, ValueError):
             numbers = np.empty(0)
         if len(numbers) != len(self.objectives):

@@ -87,6 +87,7 @@ class CheckpointMixOptions:
     delta: Literal["float16", "bfloat16"] | None = _option(
         None, "keep the newest in float32 and the others as differences in this dtype"
     )
+    device: str | None = _option(None, "cuda: keep and mix the bank there, by the fused kernel")
     report_banks: int = _option(4, "replicates of the report split; 2 or more give intervals")
     seed: int = _option(0, "the one seed of the search")
     data_seed: int = _option(0, "seed of the noise, the same for searches to be compared")
@@ -214,6 +215,7 @@ def _bank(options: CheckpointMixOptions) -> CheckpointBank:
         memory=parse_bytes(options.memory),
         folder=options.bank,
         delta=options.delta,
+        device=options.device,
     )
     if bank.broken:
         raise DataError(f"{next(iter(bank.broken.values()))}; leave this checkpoint out")

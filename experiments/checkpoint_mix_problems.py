@@ -1,4 +1,4 @@
-"""The bundled problems of checkpoint mixing: digits checkpoints, and a flow that trains in seconds."""
+"""The bundled problems of checkpoint mixing: digits, and a flow that trains in seconds."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def digits_score(
     objective: Any = "fd",
     seed: int = 0,
 ) -> SampleScore:
-    """Fréchet (or kernel) distance of generated digits to all real ones, by the digits classifier."""
+    """Fréchet (or kernel) distance of generated digits to all real ones."""
     classifier = load_digits_classifier()
     rows = reference_features(classifier)
     distance = SampleDistance(classifier, FrechetReference.from_features(rows), rows)
@@ -125,7 +125,8 @@ class _DigitsLoss:
         )
         raw = net(noisy / total, net.modulate(embedded))
         target = (data - SIGMA_DATA**2 / total**2 * noisy) / (level * SIGMA_DATA / total)
-        return ((raw - target) ** 2).mean(dim=1)
+        out: Tensor = ((raw - target) ** 2).mean(dim=1)
+        return out
 
 
 def digits_loss(
@@ -152,7 +153,7 @@ _FEATURES = 32
 
 
 class Ring(nn.Module):
-    """Velocity of a flow from noise to eight Gaussians on a ring: (x, t) -> (B, 2); 4,994 weights."""
+    """Velocity of a flow from noise to Gaussians on a ring: (x, t) -> (B, 2); 4,994 weights."""
 
     def __init__(self) -> None:
         super().__init__()

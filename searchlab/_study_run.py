@@ -68,6 +68,8 @@ class Run(Recorder):
         self._digests: dict[str, int] = {}  # registered for this run
         self._found: dict[str, int] = {}
         self._mine: set[bytes] | None = None  # all keys in the database, where that is known
+        self._alone_at: int | None = None  # version of the file in which no other run has records
+        self._write: bool | None = None  # what the connection's next transactions are
         with errors_named(where):
             self._connection: Connection = engine.connect()
             if owner is not None:
@@ -127,8 +129,21 @@ class Run(Recorder):
         """Every key in the database, if nobody else has written to it; None = not known."""
         if self._mine is None:
             return None
-        others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
-        return None if self._read(others, run=self._run) else self._mine
+        version = self._version()
+        if version is None or version != self._alone_at:
+            others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
+            if self._read(others, run=self._run):
+                return None
+            self._alone_at = version
+        return self._mine
+
+    def _version(self) -> int | None:
+        """Changes when anybody else writes to the file; None where a database cannot tell."""
+        driver = self._connection.connection.driver_connection
+        if driver is None or self._connection.dialect.name != "sqlite":
+            return None
+        # Past SQLAlchemy, as this needs no transaction and is asked for before every proposal.
+        return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
     def _stored_answers(
         self,
@@ -441,9 +456,11 @@ class Run(Recorder):
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         super()._check_open()
-        connection = self._connection.execution_options(searchlab_write=write)
-        with connection.begin():
-            yield connection
+        if write is not self._write:
+            self._connection.execution_options(searchlab_write=write)
+            self._write = write
+        with self._connection.begin():
+            yield self._connection
 
     def _read(self, statement: str, **values: Any) -> list[Row]:
         with self._transaction(write=False) as connection:
@@ -465,4 +482,6 @@ class Run(Recorder):
     def _execute(connection: Connection, statement: str, **values: Any) -> int:
         import sqlalchemy as sa
 
+        if connection.dialect.name == "sqlite":
+            return connection.exec_driver_sql(statement, values).rowcount
         return connection.execute(sa.text(statement), values).rowcount

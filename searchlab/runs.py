@@ -167,13 +167,15 @@ def open_config(
     Raises:
         StudyError: a run that was made from Python; only the code that made it can go on with it.
     """
+    from searchlab.prior import kept_prior, with_prior
     from searchlab.study import Database
 
     base = Database(address.database)
     try:
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
-        pace = store.get_meta("pace")
+        pace, prior = store.get_meta("pace"), store.get_meta("prior")
+        warm_start = store.get_meta("warm_start")
         store.close("")
     finally:
         base.close()
@@ -186,6 +188,11 @@ def open_config(
     values = options_from(recipe, {**(options or {}), **(changes or {})})
     with looking(not going_on):
         config = recipe.build(values)
+    if warm_start is not None:
+        from searchlab.warm_start import with_warm_start
+
+        config = with_warm_start(config, warm_start)
+    config = with_prior(config, kept_prior(prior, address.out))
     return Opened(address, recipe, values, config, pace)
 
 
@@ -201,6 +208,8 @@ def run_recipe(
     executor: Executor | None = None,
     opened: Callable[[], None] = lambda: None,
     durability: Durability = "process",
+    with_data: bool = False,
+    warm_start: str | None = None,
 ) -> Result:
     """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
 
@@ -212,10 +221,13 @@ def run_recipe(
         executor: where candidates are evaluated; this process by default.
         opened: called when the run is open: errors before it are about the input.
         durability: what a commit waits for; see `Database`.
+        with_data: the predictor that is left keeps what it was fitted to.
+        warm_start: the run whose best `config` begins with, to be found again by a resume.
 
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
     """
+    from searchlab.prior import keep_prior
     from searchlab.search import run
 
     config = config if config is not None else recipe.build(options)
@@ -226,11 +238,21 @@ def run_recipe(
             place = getattr(stage.evaluator, "place", None)
             if place is not None:
                 place(out)
+        keep_prior(config, store, out)
+        if warm_start is not None:
+            store.set_meta("warm_start", warm_start)
         _place_logs(executor, out)
         opened()
         live = LiveStatus(executor)
         with live.kept(store):
-            result = run(config, store=store, executor=executor, callbacks=(live, *callbacks))
+            result = run(
+                config,
+                store=store,
+                executor=executor,
+                callbacks=(live, *callbacks),
+                folder=out,
+                with_data=with_data,
+            )
     result.out = out
     return result
 
@@ -243,19 +265,29 @@ def run_in_database(
     database: str,
     executor: Executor | None = None,
     callbacks: Sequence[Callback] = (),
+    with_data: bool = False,
 ) -> Result:
     """Runs or resumes a search that was made in Python, and writes its artefacts.
 
     Raises:
         SearchlabError: see `run_recipe`.
     """
+    from searchlab.prior import keep_prior
     from searchlab.search import run
 
     with _open_run(config, name, out, database) as store:
+        keep_prior(config, store, out)
         _place_logs(executor, out)
         live = LiveStatus(executor)
         with live.kept(store):
-            result = run(config, store=store, executor=executor, callbacks=(live, *callbacks))
+            result = run(
+                config,
+                store=store,
+                executor=executor,
+                callbacks=(live, *callbacks),
+                folder=out,
+                with_data=with_data,
+            )
     result.out = out
     _write_result(result, out)
     _check_no_link(out / "export")

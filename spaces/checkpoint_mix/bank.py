@@ -3,7 +3,7 @@
 A bank is kept in tiles: `tiles[j, k]` is stretch j of checkpoint k, so that one product of matrices
 per tile mixes a whole population from one read. It lies in memory, in a mapped file that several
 processes share, or in a file that is read along while the tile before is multiplied. All three give
-the same bits.
+the same bits. With a device it lies there as rows, for the fused kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TILE = 8192
 _SLAB_BYTES = 2**24  # read at a time where a bank is streamed
 _FORMAT = 1
 
-Storage = Literal["memory", "mapped", "streamed"]
+Storage = Literal["memory", "mapped", "streamed", "device"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class MemoryPlan:
     """What a bank and its mixes hold in memory, bytes; stated before anything is allocated.
 
     Attributes:
-        storage: "memory", "mapped" (the system drops what it needs) or "streamed".
+        storage: "memory", "mapped" (the system drops what it needs), "streamed" or "device".
         bank: tiles that are held.
         output: weights of one candidate, as summed and as rounded.
         candidates: how many are mixed in one pass over the bank.
@@ -79,6 +79,8 @@ class CheckpointBank:
         delta: keep the newest checkpoint in float32 and the others as differences from it in this
             dtype ("float16", "bfloat16"); rounding then goes with what training changed.
         tile: elements of a tile's row, a multiple of 64.
+        device: where rows are kept and mixed ("cuda") by `cuda_ext.weighted_sum`; its last bits are
+            its own. `memory` is then the device's. None = tiles, mixed by the CPU.
 
     Raises:
         DataError: what `layout_of` refuses; no room on disk for the tiles.
@@ -94,9 +96,12 @@ class CheckpointBank:
         storage: Storage | None = None,
         delta: Literal["float16", "bfloat16"] | None = None,
         tile: int = TILE,
+        device: str | None = None,
     ) -> None:
-        if storage not in (None, "memory", "mapped", "streamed"):
-            raise ConfigError(f"storage {storage!r}; allowed: memory, mapped, streamed")
+        if storage not in (None, "memory", "mapped", "streamed", "device"):
+            raise ConfigError(f"storage {storage!r}; allowed: memory, mapped, streamed, device")
+        if (storage == "device" and device is None) or (device and storage not in (None, "device")):
+            raise ConfigError(f"storage {storage!r} with device {device!r}; allowed: both or none")
         if delta not in (None, "float16", "bfloat16"):
             raise ConfigError(f"delta {delta!r}; allowed: float16, bfloat16")
         if tile < 64 or tile % 64:
@@ -109,6 +114,12 @@ class CheckpointBank:
         self.folder = None if folder is None else Path(folder)
         self.delta = delta
         self.tile = tile
+        self.device = device
+        if device is not None:
+            storage = "device"
+            _check_device(device, self.layout)
+            if memory is None and torch.device(device).type == "cuda":
+                self.memory = int(torch.cuda.mem_get_info(device)[0]) * 3 // 4
         if self.memory <= 0:
             raise ConfigError(f"memory of {memory} bytes; allowed: more than 0")
         self.storage: Storage = storage or self._storage()
@@ -230,6 +241,12 @@ class CheckpointBank:
             newest = len(self) - 1
             for b in blocks:
                 self._base[b] = self.row(newest, b).to(_wide(self.layout.blocks[b].dtype))
+        if self.storage == "device":
+            for b in blocks:
+                self._tiles.append(self._on_device(b))
+                base = self._base[b]
+                self._base[b] = None if base is None else base.to(self.device)
+            return
         if self.storage == "memory":
             for b in blocks:
                 tiles = torch.empty(self._shape(b), dtype=self.dtype_of(b))
@@ -247,6 +264,20 @@ class CheckpointBank:
         if self.storage == "mapped":
             self._tiles = [self._mapped(b) for b in blocks]
 
+    def _on_device(self, block: int) -> Tensor:
+        """Rows (K, size) on the device, filled slab by slab."""
+        size, width = self.layout.blocks[block].size, self.width_of(block)
+        rows = torch.empty((len(self), size), dtype=self.dtype_of(block), device=self.device)
+        for first, part in self._slabs(block):
+            start = first * width
+            flat = part.transpose(0, 1).reshape(len(self), -1)[:, : size - start]
+            rows[:, start : start + flat.shape[1]] = flat.to(self.device)
+        return rows
+
+    def rows_on_device(self, block: int) -> Tensor:
+        """Rows (K, size) of a bank with a device."""
+        return self._tiles[block]
+
     def _write(self, note: Path) -> None:
         """Repacks the checkpoints into the bank's files, one slab of tiles at a time."""
         self._reserve()
@@ -257,7 +288,7 @@ class CheckpointBank:
                     size = self._elements(b) * self.dtype_of(b).itemsize
                     os.posix_fallocate(file.fileno(), 0, size)
                     for _, part in self._slabs(b):
-                        left = memoryview(part.reshape(-1).view(torch.uint8).numpy())
+                        left = _bytes_of(part)
                         while left:
                             left = left[file.write(left) :]
                 os.replace(temporary, self._file(b))
@@ -355,6 +386,10 @@ class CheckpointBank:
 
     def walk(self, block: int) -> Iterator[tuple[int, Tensor]]:
         """(number, tile (K, width)) of a block, in order; a tile is valid until the next one."""
+        if self.storage == "device":
+            width = self.width_of(block)
+            yield from enumerate(self._tiles[block].cpu().split(width, dim=1))
+            return
         if self.storage != "streamed":
             yield from enumerate(self._tiles[block].unbind(0))
             return
@@ -372,8 +407,8 @@ class CheckpointBank:
                 def fetch(index: int) -> int:
                     first = starts[index]
                     n = min(slab, count - first)
-                    view = buffers[index % 2][:n].view(torch.uint8).numpy().reshape(-1)
-                    _read(handle, memoryview(view), first * tile_bytes, self._file(block))
+                    view = _bytes_of(buffers[index % 2][:n])
+                    _read(handle, view, first * tile_bytes, self._file(block))
                     return n
 
                 waiting = reader.submit(fetch, 0)
@@ -395,6 +430,7 @@ class CheckpointBank:
             "storage": self.storage,
             "delta": self.delta,
             "tile": self.tile,
+            "device": self.device,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -402,8 +438,27 @@ class CheckpointBank:
         self.__init__(sources, **state)  # type: ignore[misc]
 
 
+def _check_device(device: str, layout: Layout) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device!r}; allowed: cuda, cpu") from None
+    if kind not in ("cuda", "cpu"):
+        raise ConfigError(f"device {device!r}; allowed: cuda, cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}, and no CUDA device is there; allowed: none")
+    if any(block.dtype is torch.float64 for block in layout.blocks):
+        raise ConfigError("a device with float64 checkpoints; allowed: float32, float16, bfloat16")
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _bytes_of(tiles: Tensor) -> memoryview:
+    """The memory of contiguous tiles."""
+    flat: Any = tiles.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:

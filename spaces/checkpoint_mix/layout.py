@@ -186,7 +186,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _equal(source: CheckpointSource, other: CheckpointSource, name: str) -> bool:
     """Whether a tensor has the same bytes in two checkpoints."""
-    return torch.equal(_bits(source.tensor(name)), _bits(other.tensor(name)))
+    same = torch.equal(_bits(source.tensor(name)), _bits(other.tensor(name)))
+    source.release()
+    return same
 
 
 def _tied(sources: Sequence[CheckpointSource], names: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from searchlab.cuda_ext.weighted_sum import weighted_sum
 from searchlab.errors import DataError, SpaceError
 from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
 from searchlab.spaces.checkpoint_mix.layout import Segment
@@ -92,6 +93,8 @@ def _one_hot(table: Array) -> NDArray[np.int64]:
 def _merge_block(
     bank: CheckpointBank, block: int, table: Array, segments: Sequence[Segment], alone: bool
 ) -> Tensor:
+    if bank.device is not None:
+        return _merge_on_device(bank, block, table, segments)
     p, _, k = table.shape
     size, width = bank.layout.blocks[block].size, bank.width_of(block)
     wide = torch.float64 if bank.layout.blocks[block].dtype is torch.float64 else torch.float32
@@ -128,6 +131,30 @@ def _merge_block(
             total = torch.from_numpy(table[:, segment.group].sum(axis=1)).to(wide)
             stretch = slice(segment.start, segment.end)
             out[:, stretch] += total[:, None] * base[stretch]
+    return out
+
+
+def _merge_on_device(
+    bank: CheckpointBank, block: int, table: Array, segments: Sequence[Segment]
+) -> Tensor:
+    """All candidates from one read of the rows by the fused kernel, (P, size) on the device."""
+    rows, base = bank.rows_on_device(block), bank.base(block)
+    weights = torch.from_numpy(np.ascontiguousarray(table.transpose(1, 0, 2)))
+    if bank.delta is not None:
+        weights = weights.clone()
+        weights[:, :, -1] = 0.0  # the newest is the base
+        if not (weights != 0).any():
+            assert base is not None
+            return base.repeat(len(table), 1)
+    out = torch.empty((len(table), rows.shape[1]), dtype=torch.float32, device=rows.device)
+    for segment in segments:
+        part = slice(segment.start, segment.end)
+        weighted_sum(
+            [row[part] for row in rows],
+            weights[segment.group],
+            [row[part] for row in out],
+            base=None if base is None else base[part],
+        )
     return out
 
 

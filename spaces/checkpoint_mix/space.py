@@ -206,8 +206,8 @@ class MixSubspace(Space):
     def coefficients(self, population: Population) -> Array:
         """(n, 1, K) float64."""
         z = np.asarray(population["z"], dtype=np.float64)
-        mixed = self.origin + z @ self.directions
-        return mixed[:, None]
+        mixed: Array = (self.origin + z @ self.directions)[:, None]
+        return mixed
 
     def plans(self, population: Population) -> list[Any]:
         """One `Mix` per candidate."""

@@ -17,7 +17,7 @@ from searchlab.experiments.benchmarks import _common as common
 
 FOLDER = Path(common.__file__).resolve().parent
 # Their aims are speeds, which a machine that is shared with others may miss: run, not judged.
-TIMED = {"command", "distributed", "engine", "executors", "study", "trajectories"}
+TIMED = {"command", "distributed", "engine", "executors", "merge", "study", "trajectories"}
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 KEYS = {"benchmark", "case", "aims", "seeds", "quick", "environment"}
