@@ -27,7 +27,7 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import LocalExecutor, ProcessExecutor, Retries
 from searchlab.records import Records
-from searchlab.search import run, search
+from searchlab.search import run
 from searchlab.study import Database, MemoryRun
 from searchlab.testing.faults import (
     Unreliable,
@@ -301,13 +301,14 @@ def _readable(path: Path) -> int:
 # -- logs ---------------------------------------------------------------------------------------
 
 
-def test_what_workers_print_is_in_the_run_folder(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    result = search(number_space(), fault_tools.chatty, budget=30, workers=2, out=out, seed=3)
-    assert result.counts["failed"] > 0
-    logs = sorted(path.name for path in (out / "logs").iterdir())
+def test_what_workers_print_is_kept(tmp_path: Path) -> None:
+    executor = ProcessExecutor(workers=2)
+    executor.log_to(tmp_path / "logs")
+    records = records_of(memory_config(fault_tools.chatty, 30), executor)
+    assert (records.state == 1).any()
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert logs == ["worker-0.log", "worker-1.log"]
-    text = "".join((out / "logs" / name).read_text() for name in logs)
+    text = "".join((tmp_path / "logs" / name).read_text() for name in logs)
     assert text.count("a new process") == 2
     assert text.count("candidate ") >= 30
     assert "ValueError: no value for" in text
