@@ -14,7 +14,9 @@ if [ -z "$tools" ]; then
     echo "PostgreSQL is not installed, and only root can install it here" >&2
     exit 1
   fi
-  if ! DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql >"$folder.apt" 2>&1; then
+  export DEBIAN_FRONTEND=noninteractive
+  if ! { apt-get install -y -qq postgresql || { apt-get update -qq && apt-get install -y -qq postgresql; }; } \
+    >"$folder.apt" 2>&1; then
     echo "PostgreSQL cannot be installed: $(tail -n 1 "$folder.apt")" >&2
     exit 1
   fi

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from searchlab._looking import only_looking
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
 from searchlab.evaluators.noise import Split
@@ -209,7 +210,7 @@ class PipelineEvaluator:
         self.remarks = []
         self.path = self._probe(bank)
         self.reproducibility = self._proven(bank)
-        if self.metric is not None:
+        if self.metric is not None and not only_looking():
             rows = bank.rows.take(slice(0, 2))
             rows = rows if len(rows) == 2 else _two(rows)
             prompts = (bank.prompts * 2)[:2]

@@ -195,13 +195,23 @@ def _check_class(location: str, index: Path) -> None:
     import diffusers
 
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        name = content["_class_name"]
+        libraries = {v[0] for v in content.values() if isinstance(v, list) and v}
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"model_index.json of {location!r} names no _class_name") from None
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise DataError(
             f"{location!r} is a {name!r}, which diffusers {diffusers.__version__} does not have"
         )
+    # Diffusers imports whatever module a part names; a folder is data.
+    known = {None, "diffusers", "transformers", "searchlab"}
+    for library in libraries - known:
+        if not isinstance(library, str) or not hasattr(diffusers.pipelines, library):
+            raise DataError(
+                f"a part of {location!r} comes from module {library!r}; allowed: those of "
+                "diffusers and transformers"
+            )
 
 
 def denoisers_of(pipeline: Any) -> list[torch.nn.Module]:

@@ -32,7 +32,7 @@ __all__ = ["RECIPE", "SolverScheduleOptions", "build"]
 
 
 KEPT = 24  # best known points per number of calls that go on to the search
-POOL = 16  # candidates whose signals are looked at for an evaluation
+POOL = 8  # candidates whose signals are looked at for an evaluation
 
 
 def _option(default: Any, text: str) -> Any:

@@ -1,4 +1,9 @@
-"""Predictors on disk: a folder of predictor.json and weights.safetensors, read with care."""
+"""Predictors on disk: a folder of predictor.json and weights.safetensors, read with care.
+
+predictor.json holds `format`, `searchlab` (the version that wrote it), `predictor` (its name),
+`space` (fingerprint, name, kind, variables), `with_data`, `weights` (file and hash), `state` (of
+the predictor's own), and `task` (see `PredictorTask`) where a search left it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +21,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from searchlab import __version__
 from searchlab.config import PREDICTORS, resolve
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import ConfigError, DataError, SpaceError
 from searchlab.predictor import Predictor
-from searchlab.space import Space
+from searchlab.predictor_folder import SETTINGS, WEIGHTS, PredictorTask, space_kind
+from searchlab.space import Space, space_from_json
 
-__all__ = ["FORMAT", "Artifact", "load_predictor", "read_artifact", "write_artifact"]
+__all__ = [
+    "FORMAT",
+    "Artifact",
+    "described_space",
+    "kept_space",
+    "load_predictor",
+    "read_artifact",
+    "write_artifact",
+]
 
 FORMAT = 1
-SETTINGS = "predictor.json"
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,11 @@ class Artifact:
         state: JSON of the predictor's own.
         arrays: its arrays by name.
         with_data: whether the candidates it learnt from are in it.
+        space_name: what that space is called.
+        kind: of that space, see `space_kind`.
+        variables: of that space, as JSON.
+        task: what it learnt; None = no search left it.
+        version: of the searchlab that wrote it.
     """
 
     predictor: str
@@ -44,6 +63,29 @@ class Artifact:
     state: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
     with_data: bool
+    space_name: str
+    kind: str
+    variables: dict[str, Any]
+    task: PredictorTask | None
+    version: str
+
+    @cached_property
+    def space(self) -> Space:
+        """What it learnt from, see `kept_space`."""
+        described = {"fingerprint": self.fingerprint, "name": self.space_name}
+        return kept_space({**described, "variables": self.variables}, self.predictor)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Members of a stack that are their data, which was not saved."""
+        out: list[str] = []
+        parts: list[Any] = [self.state]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                out += part["left_out"] if isinstance(part.get("left_out"), list) else []
+                parts += part.values()
+        return sorted({str(name) for name in out})
 
 
 def write_artifact(
@@ -64,8 +106,9 @@ def write_artifact(
     text = json.dumps(
         {
             "format": FORMAT,
+            "searchlab": __version__,
             "predictor": predictor,
-            "space": {"fingerprint": space.fingerprint, "name": space.name},
+            "space": described_space(space),
             "with_data": with_data,
             "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(blob).hexdigest()},
             "state": state,
@@ -108,9 +151,13 @@ def read_artifact(folder: Path, space: Space | None = None) -> Artifact:
         )
     try:
         name, sha = settings["predictor"], settings["weights"]["sha256"]
-        fingerprint, label = settings["space"]["fingerprint"], settings["space"]["name"]
+        of = settings["space"]
+        fingerprint, label = str(of["fingerprint"]), str(of["name"])
+        kind, variables = str(of["kind"]), dict(of["variables"])
         state, with_data = dict(settings["state"]), bool(settings["with_data"])
-    except (KeyError, TypeError, ValueError) as error:
+        given = settings.get("task")
+        task = None if given is None else PredictorTask.from_json(given)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{SETTINGS} in {str(folder)!r} lacks {error}") from error
     if space is not None and fingerprint != space.fingerprint:
         raise DataError(
@@ -130,11 +177,45 @@ def read_artifact(folder: Path, space: Space | None = None) -> Artifact:
         arrays = load_arrays(blob)
     except SafetensorError as error:
         raise DataError(f"{WEIGHTS} in {str(folder)!r} is broken: {error}") from error
-    return Artifact(str(name), str(fingerprint), state, arrays, with_data)
+    version = str(settings.get("searchlab", ""))
+    return Artifact(
+        str(name), fingerprint, state, arrays, with_data, label, kind, variables, task, version
+    )
 
 
-def load_predictor(folder: str | Path, space: Space) -> Predictor:
+def described_space(space: Space) -> dict[str, Any]:
+    """What a folder says of the space that was learnt from."""
+    return {
+        "fingerprint": space.fingerprint,
+        "name": space.name,
+        "kind": space_kind(space),
+        "variables": space.to_json()["variables"],
+    }
+
+
+def kept_space(described: Mapping[str, Any], where: str) -> Space:
+    """The space of a predictor as far as its folder tells: variables without constraints.
+
+    Encodings are those of the space that was learnt from; its fingerprint is that one's too.
+
+    Raises:
+        DataError: variables that cannot be read.
+    """
+    try:
+        space = space_from_json({"variables": described["variables"]})
+        space.__dict__["fingerprint"] = str(described["fingerprint"])
+        space.name = str(described["name"])
+    except (SpaceError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"the space of predictor {where!r} cannot be read: {error}") from error
+    return space
+
+
+def load_predictor(folder: str | Path, space: Space | None = None) -> Predictor:
     """The predictor in a folder, whichever it is.
+
+    Args:
+        folder: holds predictor.json and the weights.
+        space: what it has to be of; None = the one that the folder describes.
 
     Raises:
         DataError: see `read_artifact`; or a predictor that is not known here.
@@ -144,5 +225,5 @@ def load_predictor(folder: str | Path, space: Space) -> Predictor:
         kind = resolve(PREDICTORS, artifact.predictor, "predictor")
     except ConfigError as error:
         raise DataError(f"predictor in {str(folder)!r}: {error}") from error
-    predictor: Predictor = kind.load(Path(folder), space)
+    predictor: Predictor = kind.load(Path(folder), space or artifact.space)
     return predictor

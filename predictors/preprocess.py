@@ -16,7 +16,7 @@ from searchlab.predictor import Table
 from searchlab.predictors.impute import ROWS, Imputer
 from searchlab.space import Space, Tokens
 
-__all__ = ["Features", "Inputs", "Labels", "usable_losses"]
+__all__ = ["Features", "Inputs", "Labels", "Ruler", "usable_losses"]
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def normal_scores(values: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Ruler:
+class Ruler:
     """A signal's distribution: values (k,) increasing and their normal scores (k,)."""
 
     values: Floats
@@ -44,7 +44,7 @@ class _Ruler:
     high: float
 
     @staticmethod
-    def of(column: Floats) -> _Ruler:
+    def of(column: Floats) -> Ruler:
         """Of a column whose missing entries are NaN; at least one is there."""
         there = column[~np.isnan(column)]
         finite = there[np.isfinite(there)]
@@ -57,7 +57,7 @@ class _Ruler:
         if len(values) > KNOTS:
             kept = np.unique(np.linspace(0, len(values) - 1, KNOTS).round().astype(np.int64))
             values, scores = values[kept], scores[kept]
-        return _Ruler(values, scores, low, high)
+        return Ruler(values, scores, low, high)
 
     def __call__(self, column: Floats) -> Floats:
         """Scores float64 (n,); missing = 0."""
@@ -151,7 +151,7 @@ class Inputs:
         self.fingerprint = table.space.fingerprint
         self.signal_names = table.signal_names
         self.directions = table.directions
-        self.rulers: dict[int, _Ruler] = {}
+        self.rulers: dict[int, Ruler] = {}
         self.flags: list[int] = []
         seen, codes = table.signals, _codes(table)
         if pool is not None:
@@ -159,7 +159,7 @@ class Inputs:
             seen = np.concatenate([seen, pool.signals])
             codes = np.concatenate([codes, _codes(pool)])
         scores: list[Floats] = []
-        flags: list[Floats] = []
+        flags: list[NDArray[np.bool_]] = []
         for at in range(seen.shape[1]):
             missing = np.isnan(seen[:, at])
             if missing.all():
@@ -167,7 +167,7 @@ class Inputs:
             if missing.any() and not any(np.array_equal(missing, other) for other in flags):
                 self.flags.append(at)
                 flags.append(missing)
-            ruler = _Ruler.of(seen[:, at])
+            ruler = Ruler.of(seen[:, at])
             column = ruler(seen[:, at])
             if len(ruler.values) < 2 or any(_same(column, other) for other in scores):
                 continue
@@ -257,7 +257,7 @@ class Inputs:
             strict=False,
         )
         self.rulers = {
-            at: _Ruler(values, scores, float(ends[0]), float(ends[1]))
+            at: Ruler(values, scores, float(ends[0]), float(ends[1]))
             for at, values, scores, ends in parts
         }
         return self

@@ -32,6 +32,8 @@ def progress_of(leg: StageRun, finished: Sequence[Done]) -> Progress:
         None if leg.executor is None else usage_of(leg.executor),
         leg.stage.chosen,
         leg.best_so_far.front(),
+        leg._limits.device_seconds / 3600,
+        leg.stage.budget.gpu_price,
     )
 
 

@@ -68,6 +68,8 @@ class Run(Recorder):
         self._digests: dict[str, int] = {}  # registered for this run
         self._found: dict[str, int] = {}
         self._mine: set[bytes] | None = None  # all keys in the database, where that is known
+        self._alone_at: int | None = None  # version of the file in which no other run has records
+        self._write: bool | None = None  # what the connection's next transactions are
         with errors_named(where):
             self._connection: Connection = engine.connect()
             if owner is not None:
@@ -127,8 +129,21 @@ class Run(Recorder):
         """Every key in the database, if nobody else has written to it; None = not known."""
         if self._mine is None:
             return None
-        others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
-        return None if self._read(others, run=self._run) else self._mine
+        version = self._version()
+        if version is None or version != self._alone_at:
+            others = "SELECT 1 FROM runs WHERE run != :run AND records > 0 LIMIT 1"
+            if self._read(others, run=self._run):
+                return None
+            self._alone_at = version
+        return self._mine
+
+    def _version(self) -> int | None:
+        """Changes when anybody else writes to the file; None where a database cannot tell."""
+        driver = self._connection.connection.driver_connection
+        if driver is None or self._connection.dialect.name != "sqlite":
+            return None
+        # Past SQLAlchemy, as this needs no transaction and is asked for before every proposal.
+        return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
     def _stored_answers(
         self,
@@ -169,6 +184,29 @@ class Run(Recorder):
                 with self._reading():
                     out[key] = Answer.from_row(answer)
         return out
+
+    def chunk_seconds(self, most: int) -> list[float]:
+        """How long the newest evaluations of the search took, one number per call, by id."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT started, finished, worker FROM records WHERE run = :run AND cached = 0 "
+                "AND state < 3 AND stage < 1000 ORDER BY id DESC LIMIT :most",
+                run=self._run,
+                most=most,
+            )
+        calls = dict.fromkeys((row[2], row[0], row[1]) for row in reversed(rows))
+        return [max(0.0, float(end) - float(start)) for _, start, end in calls]
+
+    def first_values(self, fidelity: int) -> list[tuple[float, str]]:
+        """(value of the first objective, origin) of all that is ok in the search, by id."""
+        with self._lock, errors_named(self._where):
+            rows = self._read(
+                "SELECT value, origin FROM records WHERE run = :run AND state = 0 "
+                "AND stage < 1000 AND fidelity = :fidelity ORDER BY id",
+                run=self._run,
+                fidelity=fidelity,
+            )
+        return [(float(value), str(origin)) for value, origin in rows if value is not None]
 
     def evaluators(self) -> dict[int, str]:
         """See `Store.evaluators`."""
@@ -248,6 +286,15 @@ class Run(Recorder):
             place = self._evaluator_row(evaluator), fidelity, replicate
             with errors_named(self._where), self._transaction(write=True) as connection:
                 return claim(connection, self._run, keys, place)
+
+    def note(self, key: str, value: Any) -> None:
+        """Sets a JSON value at once, apart from the open batch; renews the lease."""
+        with self._lock:
+            self._check_open()
+            with errors_named(self._where), self._transaction(write=True) as connection:
+                now = self._renew(connection, 0)
+                self._write_meta(connection, {key: json.dumps(value)})
+            self._renewed = now
 
     def heartbeat(self) -> None:
         """See `Store.heartbeat`; writes once per third of the lease. Raises if it was lost."""
@@ -409,9 +456,11 @@ class Run(Recorder):
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         super()._check_open()
-        connection = self._connection.execution_options(searchlab_write=write)
-        with connection.begin():
-            yield connection
+        if write is not self._write:
+            self._connection.execution_options(searchlab_write=write)
+            self._write = write
+        with self._connection.begin():
+            yield self._connection
 
     def _read(self, statement: str, **values: Any) -> list[Row]:
         with self._transaction(write=False) as connection:
@@ -433,4 +482,6 @@ class Run(Recorder):
     def _execute(connection: Connection, statement: str, **values: Any) -> int:
         import sqlalchemy as sa
 
+        if connection.dialect.name == "sqlite":
+            return connection.exec_driver_sql(statement, values).rowcount
         return connection.execute(sa.text(statement), values).rowcount

@@ -193,6 +193,8 @@ def sqlite_engine(path: Path, *, write: bool, wal: bool, durability: Durability)
             uri=True,
         )
         try:
+            # The file may be a stranger's: what its schema calls has no side effects then.
+            connection.execute("PRAGMA trusted_schema=OFF")
             if write:
                 _set_journal(connection, "wal" if wal else "delete")
                 # Without WAL, NORMAL may harm the file itself when power fails; FULL does not.

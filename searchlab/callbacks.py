@@ -18,7 +18,8 @@ class Progress:
 
     `paid` is in evaluations at the stage's fidelity: a job of a lower one counts its share.
     `chosen` is the algorithm that `auto` settled on, and why; empty where it was named. `front` is
-    what there is where several objectives are traded off; `best` is empty then.
+    what there is where several objectives are traded off; `best` is empty then. `device_hours` are
+    those of paid evaluations; `gpu_price` is in US dollars per hour, None where nobody said.
     """
 
     stage: str
@@ -34,6 +35,8 @@ class Progress:
     usage: Usage | None = None
     chosen: str = ""
     front: FrontSize | None = None
+    device_hours: float = 0.0
+    gpu_price: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """The figures as one flat mapping, as loggers want them.

@@ -8,11 +8,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from searchlab import __version__, command_external
+from searchlab import _predictor_flags as earlier
 from searchlab._executor_flags import add_flags, check_pace, executor_options, with_pace
+from searchlab._plain import plain
 from searchlab.errors import (
     ConfigError,
     DataError,
@@ -24,6 +27,7 @@ from searchlab.errors import (
 )
 
 if TYPE_CHECKING:
+    from searchlab.config import SearchConfig
     from searchlab.recipes import Recipe
     from searchlab.result import Result
 
@@ -110,15 +114,18 @@ def _parser() -> _Parser:
     sub.add_argument("--gpu-price", type=float, help="US dollars per device hour")
     add_flags(sub)
     add_durability(sub)
+    earlier.add_data_flag(sub)
     add("verify", "recompute every proposal from the stored values", _verify)
     sub = add("show", "table and verdict of a run", _show)
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub.add_argument("--watch", action="store_true", help="as it goes on, until its driver ends")
+    sub.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="of --watch")
     sub = add("report", "write report.html again", _report)
     sub.add_argument("--to", metavar="FILE", help="where; the run's folder by default")
     command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
-    for module in ("export", "dashboard", "compare", "check", "salvage"):
+    for module in ("export", "dashboard", "compare", "check", "salvage", "predictor"):
         importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 
@@ -145,7 +152,9 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
     add_durability(general)
     general.add_argument("--quiet", action="store_true", help="no progress line")
     flags = flags_of(recipe)
-    add_flags(parser, taken=[name for name, *_ in flags])
+    taken = [name for name, *_ in flags]
+    add_flags(parser, taken=taken)
+    earlier.add_flags(parser, taken=taken)
     own = parser.add_argument_group("the search")
     for name, text, default, flag in flags:
         shown = text.replace("%", "%%") + (f" ({default})" if default not in (None, "", ()) else "")
@@ -197,9 +206,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
     check_folder(out)
     database = given.database or DEFAULT_DATABASE
+    if recipe.opens_only and not given.dry_run:
+        return command_external.open_only(recipe, chosen, name, out, database)
+    taken = [name for name, *_ in flags_of(recipe)]
+    config = earlier.with_earlier(recipe.build(chosen), given, taken)
     if given.dry_run:
-        return _dry_run(recipe, chosen, name, out, database)
-    return _execute(recipe, chosen, name, out, database, given, quiet=given.quiet)
+        return _dry_run(config, name, out, database)
+    return _execute(recipe, chosen, config, name, out, database, given, quiet=given.quiet)
 
 
 def add_durability(parser: Any) -> None:
@@ -216,6 +229,7 @@ def add_durability(parser: Any) -> None:
 def _execute(
     recipe: Recipe,
     chosen: Any,
+    config: SearchConfig,
     name: str,
     out: Path,
     database: str,
@@ -230,7 +244,7 @@ def _execute(
     if recipe.opens_only:
         return command_external.open_only(recipe, chosen, name, out, database)
     executor = executor_options(given)
-    config = with_pace(recipe.build(chosen), given)
+    config = with_pace(config, given)
     line = ProgressLine(unit=config.group_by or "")
     opened: list[bool] = []
     stop = Interruption(given.stop_grace, say=None if quiet else say_on_stderr)
@@ -247,6 +261,8 @@ def _execute(
                 executor=stop.guard(executor.build()),
                 opened=lambda: opened.append(True),
                 durability=given.durability,
+                with_data=given.with_data,
+                warm_start=None if "warm_start" in asdict(chosen) else earlier.warm_start(given),
             )
             line.done()
             print(result.table())
@@ -272,8 +288,12 @@ def _execute(
 
 def _resume_command(name: str, out: Path, database: str) -> str:
     """What to type in this folder to go on with a run."""
-    known = out == Path("runs") / name and "://" not in database
-    return f"searchlab resume {shlex.quote(name if known else str(out))}"
+    from searchlab._study_schema import without_password
+
+    command = f"searchlab resume {shlex.quote(name if out == Path('runs') / name else str(out))}"
+    if "://" in database and not database.startswith("sqlite:"):
+        command += f" --database {shlex.quote(without_password(database))}"
+    return command
 
 
 def _counts_line(result: Result) -> str:
@@ -292,10 +312,9 @@ def _counts_line(result: Result) -> str:
     return f"\n{counts}; seed {result.meta['seed']}{tail}{proposed}{notes}"
 
 
-def _dry_run(recipe: Recipe, chosen: Any, name: str, out: Path, database: str) -> int:
+def _dry_run(config: SearchConfig, name: str, out: Path, database: str) -> int:
     from searchlab.dryrun import estimate
 
-    config = recipe.build(chosen)
     print(f"run {name!r} in {out}, database {database}")
     for line in estimate(config):
         print(line)
@@ -308,10 +327,10 @@ def _resume(options: argparse.Namespace, rest: list[str]) -> int:
     address = find_run(options.run, options.database)
     given = {"budget": options.budget, "gpu_price": options.gpu_price}
     changes = {name: value for name, value in given.items() if value is not None}
-    opened = open_config(address, changes=changes)
+    opened = open_config(address, changes=changes, going_on=True)
     check_pace(options, opened.pace)
     place = address.name, address.out, address.database
-    return _execute(opened.recipe, opened.options, *place, options)
+    return _execute(opened.recipe, opened.options, opened.config, *place, options)
 
 
 # -- looking at runs ----------------------------------------------------------------------------
@@ -356,13 +375,16 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.watch:
+        from searchlab.command_watch import watch
+        from searchlab.runs import find_run
+
+        return watch(find_run(options.run, options.database), options.interval)
     _, result = _stored_result(options)
     if options.json:
         print(json.dumps(result.to_json(), indent=1))
     else:
-        print(result.table())
-        print(_counts_line(result))
-        print(result.verdict())
+        print(plain(f"{result.table()}\n{_counts_line(result)}\n{result.verdict()}"))
     return EXIT_OK
 
 
@@ -391,7 +413,7 @@ def _list(options: argparse.Namespace, rest: list[str]) -> int:
     finally:
         base.close()
     for info in infos:
-        print(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}")
+        print(plain(f"{info.name:24} {info.status:12} {info.records:8d} records  {info.out}"))
     return EXIT_OK
 
 

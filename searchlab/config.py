@@ -72,9 +72,12 @@ PREDICTORS: dict[str, str] = {
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
     "local": "searchlab.predictors.local:Local",
+    "mfes": "searchlab.predictors.mfes:MultiFidelity",
+    "refined": "searchlab.predictors.transfer:Refined",
     "rf": "searchlab.predictors.forest:Forest",
     "ridge": "searchlab.predictors.ridge:Ridge",
     "stack": "searchlab.predictors.stack:Stack",
+    "warm": "searchlab.predictors.reuse:Warm",
     "steps": "searchlab.predictors.steps:Steps",
 }
 

@@ -81,9 +81,13 @@ class Population:
 
     def take(self, rows: Any) -> Population:
         """The rows that an index array, a boolean mask or a slice selects."""
-        taken = {name: column[rows] for name, column in self._columns.items()}
-        length = len(next(iter(taken.values()))) if taken else 0
-        return Population._of(taken, length)
+        out, taken, length = Population.__new__(Population), {}, 0
+        for name, column in self._columns.items():
+            taken[name] = part = column[rows]
+            part.flags.writeable = False
+            length = len(part)
+        out._columns, out._length = taken, length
+        return out
 
     def replace(self, **columns: NDArray[Any]) -> Population:
         """The same population with some columns exchanged."""

@@ -304,10 +304,12 @@ def _plan_json(plan: Any) -> Any:
 
 def write_plans(plans: Mapping[int, Any], directory: Path) -> list[Path]:
     """The export of spaces without a form of their own: plan.json, or plan_GROUP.json."""
+    from searchlab.runs import write_text  # a new file, also where a link lies
+
     paths = []
     for group, plan in plans.items():
         path = directory / ("plan.json" if len(plans) == 1 else f"plan_{group}.json")
-        path.write_text(json.dumps(_plan_json(plan), indent=1) + "\n")
+        write_text(path, json.dumps(_plan_json(plan), indent=1) + "\n")
         paths.append(path)
     return paths
 

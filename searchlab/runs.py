@@ -6,12 +6,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchlab._live import LiveStatus
+from searchlab._looking import looking
 from searchlab._study_lease import keep_alive
+from searchlab._study_schema import without_password
 from searchlab.errors import ConfigError, DataError, StudyError
 from searchlab.recipes import Recipe, load_recipe, options_from
 
@@ -76,10 +79,10 @@ def find_run(name: str, database: str | None = None) -> RunAddress:
     """
     folder = Path(name)
     if (folder / RUN_FILE).is_file():
-        return _read_address(folder)
+        return _read_address(folder, database)
     under = Path("runs") / name
     if database is None and (under / RUN_FILE).is_file():
-        return _read_address(under)
+        return _read_address(under, None)
     where = database or DEFAULT_DATABASE
     if "://" not in where and not Path(where).is_file():
         raise ConfigError(f"no run {name!r}: no such folder, and no database at {where!r}")
@@ -89,14 +92,35 @@ def find_run(name: str, database: str | None = None) -> RunAddress:
     try:
         for info in base.runs():
             if info.name == name:
-                return RunAddress(name, where, Path(info.out))
+                return RunAddress(name, where, _own_folder(Path(info.out), name))
         known = ", ".join(info.name for info in base.runs()) or "none"
     finally:
         base.close()
     raise ConfigError(f"no run {name!r} in {where!r}; known: {known}")
 
 
-def _read_address(folder: Path) -> RunAddress:
+def _own_folder(out: Path, name: str) -> Path:
+    """The folder that a database names for a run, where it is that run's or a new one below here.
+
+    Raises:
+        DataError: a folder elsewhere, which a database from a stranger could name to have files
+            written into it.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if json.loads((out / RUN_FILE).read_text("utf-8"))["name"] == name:
+            return out
+    here = Path.cwd().resolve()
+    resolved = out.resolve()
+    new = not resolved.exists() or (resolved.is_dir() and not any(resolved.iterdir()))
+    if not (new and resolved != here and resolved.is_relative_to(here)):
+        raise DataError(
+            f"run {name!r} names the folder {str(out)!r}, which is not its own; give the run's "
+            "folder instead of its name"
+        )
+    return out
+
+
+def _read_address(folder: Path, given: str | None) -> RunAddress:
     path = folder / RUN_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +129,14 @@ def _read_address(folder: Path) -> RunAddress:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{str(path)!r} is not a run file; allowed: name and database") from None
+    if "://" in database and not database.startswith("sqlite:"):
+        # Whoever made the folder must not choose the server to which a password is sent.
+        if given is None:
+            raise ConfigError(
+                f"run {name!r} is kept on the server {without_password(database)!r}; to go there, "
+                "say so: --database URL"
+            )
+        return RunAddress(name, given, folder)
     if "://" not in database and not Path(database).is_absolute():
         database = str((folder / database).resolve())
     return RunAddress(name, database, folder)
@@ -121,23 +153,29 @@ class Opened:
     pace: Mapping[str, Any] | None = None
 
 
-def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None) -> Opened:
+def open_config(
+    address: RunAddress, *, changes: Mapping[str, Any] | None = None, going_on: bool = False
+) -> Opened:
     """Rebuilds the configuration of a stored run.
 
     Args:
         address: which run.
         changes: options that may grow (the budget).
+        going_on: the run is to be resumed, so that code which its options name is imported; else
+            it may be anybody's, and is only looked at.
 
     Raises:
         StudyError: a run that was made from Python; only the code that made it can go on with it.
     """
+    from searchlab.prior import kept_prior, with_prior
     from searchlab.study import Database
 
     base = Database(address.database)
     try:
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
-        pace = store.get_meta("pace")
+        pace, prior = store.get_meta("pace"), store.get_meta("prior")
+        warm_start = store.get_meta("warm_start")
         store.close("")
     finally:
         base.close()
@@ -148,7 +186,14 @@ def open_config(address: RunAddress, *, changes: Mapping[str, Any] | None = None
         )
     recipe = load_recipe(recipe_name)
     values = options_from(recipe, {**(options or {}), **(changes or {})})
-    return Opened(address, recipe, values, recipe.build(values), pace)
+    with looking(not going_on):
+        config = recipe.build(values)
+    if warm_start is not None:
+        from searchlab.warm_start import with_warm_start
+
+        config = with_warm_start(config, warm_start)
+    config = with_prior(config, kept_prior(prior, address.out))
+    return Opened(address, recipe, values, config, pace)
 
 
 def run_recipe(
@@ -163,6 +208,8 @@ def run_recipe(
     executor: Executor | None = None,
     opened: Callable[[], None] = lambda: None,
     durability: Durability = "process",
+    with_data: bool = False,
+    warm_start: str | None = None,
 ) -> Result:
     """Runs or resumes a recipe under a name; `write_artefacts` writes what belongs to the result.
 
@@ -174,10 +221,13 @@ def run_recipe(
         executor: where candidates are evaluated; this process by default.
         opened: called when the run is open: errors before it are about the input.
         durability: what a commit waits for; see `Database`.
+        with_data: the predictor that is left keeps what it was fitted to.
+        warm_start: the run whose best `config` begins with, to be found again by a resume.
 
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
     """
+    from searchlab.prior import keep_prior
     from searchlab.search import run
 
     config = config if config is not None else recipe.build(options)
@@ -188,9 +238,21 @@ def run_recipe(
             place = getattr(stage.evaluator, "place", None)
             if place is not None:
                 place(out)
+        keep_prior(config, store, out)
+        if warm_start is not None:
+            store.set_meta("warm_start", warm_start)
         _place_logs(executor, out)
         opened()
-        result = run(config, store=store, executor=executor, callbacks=callbacks)
+        live = LiveStatus(executor)
+        with live.kept(store):
+            result = run(
+                config,
+                store=store,
+                executor=executor,
+                callbacks=(live, *callbacks),
+                folder=out,
+                with_data=with_data,
+            )
     result.out = out
     return result
 
@@ -203,19 +265,32 @@ def run_in_database(
     database: str,
     executor: Executor | None = None,
     callbacks: Sequence[Callback] = (),
+    with_data: bool = False,
 ) -> Result:
     """Runs or resumes a search that was made in Python, and writes its artefacts.
 
     Raises:
         SearchlabError: see `run_recipe`.
     """
+    from searchlab.prior import keep_prior
     from searchlab.search import run
 
     with _open_run(config, name, out, database) as store:
+        keep_prior(config, store, out)
         _place_logs(executor, out)
-        result = run(config, store=store, executor=executor, callbacks=callbacks)
+        live = LiveStatus(executor)
+        with live.kept(store):
+            result = run(
+                config,
+                store=store,
+                executor=executor,
+                callbacks=(live, *callbacks),
+                folder=out,
+                with_data=with_data,
+            )
     result.out = out
     _write_result(result, out)
+    _check_no_link(out / "export")
     if any(group.winner is not None for group in result.groups):
         result.export(out / "export")
     from searchlab.report import write_report
@@ -225,9 +300,16 @@ def run_in_database(
 
 
 def _place_logs(executor: Executor | None, out: Path) -> None:
+    _check_no_link(out / "logs")
     log_to: Callable[[Path], None] | None = getattr(executor, "log_to", None)
     if log_to is not None:
         log_to(out / "logs")
+
+
+def _check_no_link(folder: Path) -> None:
+    """Raises DataError for a folder of a run that leads elsewhere."""
+    if folder.is_symlink():
+        raise DataError(f"{str(folder)!r} is a link; allowed: a folder")
 
 
 @contextmanager
@@ -273,7 +355,7 @@ def check_folder(path: Path) -> None:
 
 
 def _write_address(out: Path, name: str, database: str) -> None:
-    where = database
+    where = without_password(database)  # others may read the folder
     if "://" not in database:
         where = os.path.relpath(Path(database).resolve(), out.resolve())
     write_text(out / RUN_FILE, json.dumps({"name": name, "database": where}, indent=1) + "\n")
@@ -283,6 +365,7 @@ def write_artefacts(recipe: Recipe, config: SearchConfig, result: Result, out: P
     """result.json, the winners in the form the space exports, and report.html."""
     from searchlab.report import write_report
 
+    _check_no_link(out / "export")
     paths = [_write_result(result, out)]
     if any(group.winner is not None for group in result.groups):
         paths += export_result(recipe, config, result, out / "export", "")

@@ -58,6 +58,7 @@ from searchlab.interruption import Interruption, note_interruption
 from searchlab.loop import Callback, StageRun
 from searchlab.outcomes import constraints_of, violation
 from searchlab.population import OK, Population
+from searchlab.prior import PriorRequest, leave_all, with_prior
 from searchlab.result import GroupResult, Result, curve_of
 from searchlab.space import Space
 from searchlab.trade_offs import trade_offs_of
@@ -164,6 +165,8 @@ def run(
     executor: Executor | None = None,
     callbacks: Sequence[Callback] = (),
     share: bool = True,
+    folder: Path | None = None,
+    with_data: bool = False,
 ) -> Result:
     """Runs (or resumes) a configuration.
 
@@ -174,6 +177,8 @@ def run(
         executor: where candidates are evaluated; this process by default.
         callbacks: called after every recorded batch.
         share: use values that other runs of the same database paid for.
+        folder: gets the predictors of the searches that learn one, when they have finished.
+        with_data: keep what these were fitted to in there.
 
     Returns:
         The result; of an interrupted run what is known so far (meta["status"] says so).
@@ -187,6 +192,7 @@ def run(
     executor = executor if executor is not None else LocalExecutor()
     evaluators = _evaluators(config)
     started = time.monotonic()
+    legs: list[StageRun] = []
     status, stop_reason = "failed", ""
     try:
         config = settled(config, store)
@@ -232,6 +238,7 @@ def run(
             first_id = leg.run()
             stop_reason = leg.stop_reason
             _note_proposals(leg, store)
+            legs.append(leg)
             if leg.interrupted:
                 status = "interrupted"
                 break
@@ -243,6 +250,8 @@ def run(
                 run_final(config, result, store, executor, evaluators, share)
             except KeyboardInterrupt:
                 status = "interrupted"
+        if folder is not None and status == "finished":
+            result.meta["notes"] += leave_all(legs, folder, with_data=with_data)
         note_interruption(executor, store)
         usage = usage_of(executor)
         if usage is not None and usage.busy_s > 0:
@@ -419,6 +428,9 @@ def search(
     reference: Mapping[str, float] | None = None,
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
     warm_start: str | Path | None = None,
+    predictor: str | Path | None = None,
+    refit: Literal["never", "warm", "scratch"] = "warm",
+    with_data: bool = False,
     final: Final | None = None,
     name: str = "search",
     out: str | Path | None = None,
@@ -454,6 +466,10 @@ def search(
         baselines: name -> values; scored first, shown beside the result and used as parents.
         warm_start: name (in `database`) or folder of another run over an equal space; its ten best
             are proposed after the baselines. It must not have gone on when this run is resumed.
+        predictor: folder of an earlier search's predictor to begin with; the search is then guided.
+        refit: "never" = it stays as it is, "warm" = fits begin at it, "scratch" = it chooses until
+            the first fit, which forgets it.
+        with_data: the predictor that is left in `out` keeps the candidates it was fitted to.
         final: rescore the best on splits the search never saw; for evaluators with replicates.
         name: of the run.
         out: a folder for the run's artefacts (result.json, the best plan, report.html); gives the
@@ -512,6 +528,8 @@ def search(
     config = SearchConfig(
         stages, name=name, seed=seed, lag=lag, chunk=chunk, final=final, reference=reference
     )
+    if predictor is not None:
+        config = with_prior(config, PriorRequest(Path(predictor), refit))
     if isinstance(executor, ProcessExecutor | RayExecutor):
         executor.check((evaluator,))  # before a run folder is made
     with ExitStack() as stack:
@@ -524,7 +542,13 @@ def search(
         folder = Path(out) if out is not None else Path("runs") / name
         base = str(database) if database is not None else str(folder / "searchlab.db")
         return run_in_database(
-            config, name=name, out=folder, database=base, executor=executor, callbacks=callbacks
+            config,
+            name=name,
+            out=folder,
+            database=base,
+            executor=executor,
+            callbacks=callbacks,
+            with_data=with_data,
         )
 
 

@@ -166,7 +166,7 @@ class Space:
 
     @cached_property
     def _sampler(self) -> FeasibleSampler | None:
-        if not (self.constraints or self._conditional):
+        if not (self.constraints or self.conditional):
             return None
         from searchlab._feasible_sampler import feasible_sampler
 
@@ -211,7 +211,7 @@ class Space:
         """
         if self.tied:
             population = self._follow(population)
-        if not self._conditional:
+        if not self.conditional:
             return population
         columns = dict(population.columns)
         active: dict[str, Array] = {}
@@ -271,7 +271,7 @@ class Space:
             fewest=fewest,
         )
         # A budget may have switched elements on: they take their place among their neighbours.
-        return self._repair_bounds(population) if self._conditional else population
+        return self._repair_bounds(population) if self.conditional else population
 
     def _predicates_hold(self, population: Population) -> NDArray[np.bool_]:
         ok = np.ones(len(population), dtype=bool)
@@ -327,7 +327,8 @@ class Space:
         return self._within_budgets(moved, u[:, own:], fewest=False)
 
     @cached_property
-    def _conditional(self) -> bool:
+    def conditional(self) -> bool:
+        """Whether any variable has conditions."""
         return any(variable.when for variable in self.variables.values())
 
     def _repair_bounds(self, population: Population) -> Population:
@@ -337,16 +338,18 @@ class Space:
         columns = dict(population.columns)
         active: dict[str, Array] = {}
         for key, variable in self.variables.items():
-            if self._conditional:
+            if self.conditional:
                 active[key] = self.activity(key, columns, active, len(population))
             columns[key] = variable.repair(
                 np.asarray(columns[key]), active[key] if variable.when else None
             )
-        return self.canonicalise(Population(columns))
+        if any(column is not population[key] for key, column in columns.items()):
+            population = Population(columns)
+        return self.canonicalise(population)
 
     def _revive(self, before: Population, after: Population, u: Array) -> Population:
         """Draws the elements that a change made active, and canonicalises."""
-        if self._conditional:
+        if self.conditional:
             was = self.active(before)
             columns = dict(after.columns)
             active: dict[str, Array] = {}

@@ -22,7 +22,7 @@ SURVIVAL = 500
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _OTHER = np.uint64(0xD1342543DE82EF95)
-_DENSE = 3
+_JUMP = 512  # uniforms that are drawn in the time that a jump over ids takes
 _WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words per counter step
 _WORD = 2**64 - 1
 
@@ -41,7 +41,7 @@ class _Stream(threading.local):
     def at(self, seed: int, purpose: int, block: int) -> np.random.Generator:
         """The generator with this key before the first word of a block (a counter step)."""
         counter = [block & _WORD, block >> 64 & _WORD, block >> 128 & _WORD, block >> 192]
-        self.philox.state = {
+        state: Any = {
             "bit_generator": "Philox",
             "state": {"counter": counter, "key": [seed, purpose]},
             "buffer": (0, 0, 0, 0),
@@ -49,6 +49,7 @@ class _Stream(threading.local):
             "has_uint32": 0,
             "uinteger": 0,
         }
+        self.philox.state = state
         return self.generator
 
 
@@ -86,18 +87,21 @@ def uniforms(seed: int, purpose: int, first_id: int, n: int, width: int) -> NDAr
 def uniforms_of(seed: int, purpose: int, ids: NDArray[np.int64], width: int) -> NDArray[np.float64]:
     """Uniforms of increasing ids that need not be neighbours; rows are those of `uniforms`."""
     n = len(ids)
-    if n == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
+    if n == 0 or width == 0 or int(ids[-1]) - int(ids[0]) + 1 == n:
         return uniforms(seed, purpose, int(ids[0]) if n else 0, n, width)
-    span = int(ids[-1]) - int(ids[0]) + 1
-    if span <= _DENSE * n:  # drawing the gaps too is quicker than jumping over them
-        every = uniforms(seed, purpose, int(ids[0]), span, width)
-        rows: NDArray[np.float64] = every[ids - ids[0]]
-        return rows
     blocks = -(-width // _WORDS_PER_BLOCK)
-    words = np.empty((n, blocks * _WORDS_PER_BLOCK))
-    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), n]
+    wide = blocks * _WORDS_PER_BLOCK
+    words = np.empty((n, wide))
+    # Short gaps are drawn too and left out.
+    breaks = [0, *(np.flatnonzero(np.diff(ids) > 1 + _JUMP // wide) + 1).tolist(), n]
     for start, stop in itertools.pairwise(breaks):
-        _stream.at(seed, purpose, int(ids[start]) * blocks).random(out=words[start:stop])
+        first, last = int(ids[start]), int(ids[stop - 1])
+        generator = _stream.at(seed, purpose, first * blocks)
+        if last - first == stop - start - 1:
+            generator.random(out=words[start:stop])
+        else:
+            every = generator.random((last - first + 1) * wide).reshape(-1, wide)
+            every.take(ids[start:stop] - first, axis=0, out=words[start:stop])
     return words[:, :width]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 
 from searchlab._run_layout import LAYOUT
 from searchlab.algorithms.base import Seeds
-from searchlab.config import Answers, best_rows
+from searchlab.config import Answers, SearchConfig, best_rows
 from searchlab.errors import ConfigError
 from searchlab.evaluator import Objective
 from searchlab.population import OK
 from searchlab.space import Space
 
-__all__ = ["best_of_run"]
+__all__ = ["best_of_run", "with_warm_start"]
 
 
 def best_of_run(
@@ -80,6 +81,20 @@ def best_of_run(
     )
     best = best_rows(answers, k, per, ("",))
     return Seeds(answers.population.take(best), tuple(names[i] for i in best.tolist()))
+
+
+def with_warm_start(config: SearchConfig, run: str | Path) -> SearchConfig:
+    """The configuration whose last stage proposes another run's ten best after its own seeds.
+
+    Raises:
+        ConfigError: see `best_of_run`.
+    """
+    stage = config.stages[-1]
+    of = stage.evaluator.objectives
+    seeds = best_of_run(run, stage.space, of if stage.trades else (of[stage.main],))
+    if stage.seeds is not None:
+        seeds = stage.seeds.joined(seeds)
+    return replace(config, stages=(*config.stages[:-1], replace(stage, seeds=seeds)))
 
 
 def _columns(

@@ -167,7 +167,7 @@ def _mixture() -> tuple[Space, Any]:
 
     torch.set_num_threads(1)
     options = SolverScheduleOptions(
-        preset="released", problem="mixture", nfe="5..6", budget=50, samples=512, held_out=512
+        problem="mixture", nfe="5..6", budget=100, samples=512, held_out=1024
     )
     stage = build(options).stages[-1]
     stage.evaluator.setup()

@@ -7,8 +7,9 @@ Large clusters are stood in for by candidates that sleep for a time that follows
 first start to the last end; `steady` is the share of the workers' time that was spent in
 evaluations up to the last start, without the end at which nothing is left to begin;
 `limit_of_the_lag` is what the order of results leaves if nothing else takes time. Ray Tune runs the
-same sleeping candidates in the same process. The last case searches solver schedules on two real
-nodes (`ray start`), whose trace is held against that of worker processes. `--quick` has fewer
+same sleeping candidates in the same process. The last cases use real nodes (`ray start`): solver
+schedules are searched on two, with the trace held against that of worker processes, and 20 runs
+lose a worker, a node or their driver. `--quick` has fewer
 workers, shorter evaluations and neither Ray Tune nor the two nodes.
 """
 
@@ -32,6 +33,7 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import Chunk, Executor, RayExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
+from searchlab.experiments.benchmarks._distributed_kills import run_kills
 from searchlab.population import Evaluations, Jobs
 from searchlab.records import Records
 from searchlab.search import run
@@ -158,7 +160,9 @@ def _busy(
     aims = []
     if aim is not None:
         name, least = aim
-        aims = [Aim(name, figures[name], "at least", least, binding=not journal.options.quick)]
+        aims = [
+            Aim(name, float(figures[name]), "at least", least, binding=not journal.options.quick)
+        ]
     journal.case(f"{shape} times, lag {lag}", figures, seeds=(SEED,), aims=aims)
 
 
@@ -168,7 +172,7 @@ def _by_lag(journal: Journal, mean: float, budget: int, workers: int) -> None:
     drawn = space.decode(space.sample(uniforms(SEED, 0, 0, budget, space.sample_width)))
     figures: dict[str, Any] = {"workers": workers, "evaluations": budget}
     for shape in ("uniform", "lognormal"):
-        seconds = np.array([_length(plan, shape, mean) for plan in drawn])  # type: ignore[arg-type]
+        seconds = np.array([_length(plan, shape, mean) for plan in drawn])
         figures[shape] = {
             str(lag): round(_limit(seconds, lag, workers)[1], 3)
             for lag in [workers * 2**i for i in range(6)] + [np.inf]
@@ -378,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers = size[0] * size[1]
     for lag in ("free", 2 * workers):
         aim = ("share_of_ideal", 0.95)
-        _busy(journal, "uniform", mean, budget, lag, size, aim=aim)  # type: ignore[arg-type]
+        _busy(journal, "uniform", mean, budget, lag, size, aim=aim)
     _busy(journal, "lognormal", mean, budget, "free", size, aim=("steady", 0.9))
     if not options.quick:
         _busy(journal, "lognormal", mean, budget, 8 * workers, size, aim=None)
@@ -392,8 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _thousand(journal, *((0.5, 400, 2, 20) if options.quick else (2.0, 10_000, 8, 125)))
     if options.quick:
         journal.skip("solver schedules on two nodes", "the short form has no second node")
+        journal.skip("runs with a kill each", "the short form has no second node")
     else:
         _room(journal, 200)
+        run_kills(journal, 20)
     return journal.close()
 
 

@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ __all__ = ["main"]
 Floats = NDArray[np.float64]
 TOP = 16  # cells of NAS-Bench-201 that count as found
 FEW = (20, 30, 50)
-PARTS = ("strings", "cells", "few", "guard", "decisions", "fidelities")
+PARTS = ("strings", "cells", "few", "few_gp", "guard", "decisions", "fidelities")
 
 
 # -- evaluations that are saved -----------------------------------------------------------------
@@ -96,7 +97,7 @@ class Bench:
             return searched(made(task, name, seed, **options), task, most, lag=lag, until=until)
 
         kind = f"{task.name}, {label}, {most}, lag {lag}"
-        return [self.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
+        return [self.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
 
 
 def _proposing(traces: Sequence[Trace]) -> float:
@@ -134,7 +135,6 @@ def top_cells(bench: Bench) -> None:
     top = float(np.sort(-evaluator.values()[:, 0])[TOP - 1])
     rows: tuple[tuple[str, str, dict[str, Any], Any, int], ...] = (
         ("auto, signals", "auto", {}, evaluator, 50),
-        ("guided by ridge, signals", "guided", {"predictor": "ridge"}, evaluator, 50),
         ("auto, no signals", "auto", {}, None, 50),
         ("evolution", "evolution", {}, None, 50),
         ("Optuna TPE", "tpe", {}, None, 50),
@@ -167,7 +167,17 @@ def top_cells(bench: Bench) -> None:
 
 
 def few(bench: Bench) -> None:
-    """Regret after 20, 30 and 50 evaluations, beside evolution and what Optuna has."""
+    """Regret after 20, 30 and 50 evaluations, beside evolution and Optuna's TPE."""
+    _few(bench, (("Optuna TPE", "tpe"), ("evolution", "evolution"), ("auto", "auto")))
+
+
+def few_gp(bench: Bench) -> None:
+    """The same beside Optuna's Gaussian process, whose proposals take a second and more."""
+    _few(bench, (("auto", "auto"), ("Optuna GP", "gp")))
+
+
+def _few(bench: Bench, searches: Sequence[tuple[str, str]]) -> None:
+    """Cases of all searches; the last one has the aims, auto beside the first or the last."""
     tasks: list[Callable[[int], Task]] = [landscape]
     evaluator = bench.evaluator
     if evaluator is not None:
@@ -177,13 +187,11 @@ def few(bench: Bench) -> None:
     seeds = bench.seeds(15, 1)
     most = 30 if bench.quick else max(FEW)
     marks = [mark for mark in FEW if mark <= most]
-    peers = (("Optuna TPE", "tpe"), ("Optuna GP", "gp"), ("evolution", "evolution"))
     for make in tasks:
         name = make(0).name
         medians: dict[str, list[float]] = {}
-        for label, algorithm in (*peers, ("auto", "auto")):
-            if bench.quick and label == "Optuna GP":
-                continue
+        lines: list[tuple[str, dict[str, Any]]] = []
+        for label, algorithm in searches:
             traces = bench.traces(make, f"few, {label}", seeds, most, algorithm)
             figures: dict[str, Any] = {
                 f"regret at {mark}": spread(
@@ -193,28 +201,52 @@ def few(bench: Bench) -> None:
             }
             medians[label] = [figures[f"regret at {mark}"]["median"] for mark in marks]
             figures["proposing, s per evaluation"] = _proposing(traces)
-            aims = []
-            if algorithm == "auto":
-                aims = [
-                    Aim(f"median regret at {mark}, beside {peer}", own, "at most", other, False)
-                    for peer in ("Optuna TPE", "Optuna GP")
-                    if peer in medians
-                    for mark, own, other in zip(marks, medians["auto"], medians[peer], strict=True)
-                ]
-            bench.journal.case(f"{name}: few evaluations, {label}", figures, seeds=seeds, aims=aims)
+            lines.append((label, figures))
+        own = medians.pop("auto")
+        peer, others = next((p, m) for p, m in medians.items() if p.startswith("Optuna"))
+        aims = [
+            Aim(f"median regret of auto at {mark}, beside {peer}", value, "at most", other, False)
+            for mark, value, other in zip(marks, own, others, strict=True)
+        ]
+        for label, figures in lines:
+            beside = f", beside {peer}" if label == "auto" else ""
+            bench.journal.case(
+                f"{name}: few evaluations, {label}{beside}",
+                figures,
+                seeds=seeds,
+                aims=aims if label == "auto" else (),
+            )
 
 
 # -- several fidelities -------------------------------------------------------------------------
 
 
+def _at_costs(
+    evaluator: TableEvaluator, spec: AlgorithmSpec, marks: Sequence[int], seed: int
+) -> Trace:
+    """The best losses in full that a search knows when so much is spent."""
+    stage = Stage("search", evaluator.space, evaluator, spec, Budget(max(marks)))
+    store = MemoryRun()
+    result = run(SearchConfig((stage,), seed=seed), store=store)
+    (note,) = result.meta["proposals"].values()
+    records = store.records()
+    price = np.array([fidelity.cost for fidelity in evaluator.fidelities])
+    cost = np.cumsum(price[records.fidelity])
+    full = records.fidelity == len(price) - 1
+    found = [
+        float(np.min(-records.values[full & (cost <= mark + 1e-9), 0], initial=0.0))
+        for mark in marks
+    ]
+    return Trace(np.array(found), note["seconds"])
+
+
 def fidelities(bench: Bench) -> None:
-    """Regret at a cost of 10, 20 and 30 full trainings where 12 epochs may be looked at first."""
+    """Regret at a cost of 10 and 20 full trainings where 12 epochs may be looked at first."""
     evaluator = bench.evaluator
     assert evaluator is not None
     best = -float(evaluator.values()[:, 0].max())
     seeds = bench.seeds(15, 1)
-    marks = (10,) if bench.quick else (10, 20, 30)
-    price = np.array([fidelity.cost for fidelity in evaluator.fidelities])
+    marks = (10,) if bench.quick else (10, 20)
     rows: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("guided, 12 epochs first", "guided", {}),
         ("guided, in full only", "guided", {"fidelities": (1.0,)}),
@@ -222,24 +254,9 @@ def fidelities(bench: Bench) -> None:
     )
     medians: dict[str, float] = {}
     for label, name, options in rows:
-
-        def search(seed: int, name: str = name, options: dict[str, Any] = options) -> Trace:
-            spec = AlgorithmSpec(name, options)
-            stage = Stage("search", evaluator.space, evaluator, spec, Budget(max(marks)))
-            store = MemoryRun()
-            result = run(SearchConfig((stage,), seed=seed), store=store)
-            (note,) = result.meta["proposals"].values()
-            records = store.records()
-            cost = np.cumsum(price[records.fidelity])
-            full = records.fidelity == len(price) - 1
-            found = [
-                float(np.min(-records.values[full & (cost <= mark + 1e-9), 0], initial=0.0))
-                for mark in marks
-            ]
-            return Trace(np.array(found), note["seconds"])
-
         kind = f"{evaluator.space.size} elements, {label}"
-        traces = [bench.kept.trace(kind, seed, lambda s=seed: search(s)) for seed in seeds]  # type: ignore[misc]
+        search = partial(_at_costs, evaluator, AlgorithmSpec(name, options), marks)
+        traces = [bench.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
         figures: dict[str, Any] = {
             f"regret at a cost of {mark}": spread([float(t.losses[at]) - best for t in traces])
             for at, mark in enumerate(marks)
@@ -290,10 +307,22 @@ class Poisoned:
     def static_signals(self, population: Population) -> Floats:
         words = np.frombuffer(b"".join(self.space.keys(population)), dtype=np.uint64)
         number = words.reshape(len(population), 2)[:, :1] + np.arange(1, 11, dtype=np.uint64)
-        mixed = (number ^ (number >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+        mixed: NDArray[Any] = (number ^ (number >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         out: Floats = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
         return out
+
+
+def _misled(make: Callable[[int], Task], what: str, most: int, seed: int) -> Trace:
+    task = make(seed)
+    algorithm: Guided
+    if what == "ten noise signals":
+        algorithm = Guided(task.space, seed=seed, signals=Poisoned(task.space))
+    elif "without" in what:
+        algorithm = Misled(task.space, seed=seed, guard="always")
+    else:
+        algorithm = Misled(task.space, seed=seed)
+    return searched(algorithm, task, most)
 
 
 def guard(bench: Bench) -> None:
@@ -308,19 +337,9 @@ def guard(bench: Bench) -> None:
         name = make(0).name
         plain = bench.traces(make, "guard, evolution", seeds, most, "evolution")
         for what in ("shuffled labels", "shuffled labels, without the guard", "ten noise signals"):
-
-            def search(seed: int, what: str = what, make: Any = make) -> Trace:
-                task = make(seed)
-                algorithm: Guided
-                if what == "ten noise signals":
-                    algorithm = Guided(task.space, seed=seed, signals=Poisoned(task.space))
-                else:
-                    says = "always" if "without" in what else "measured"
-                    algorithm = Misled(task.space, seed=seed, guard=says)  # type: ignore[arg-type]
-                return searched(algorithm, task, most)
-
             kind = f"{name}, guard, {what}, {most}"
-            traces = [bench.kept.trace(kind, s, lambda s=s: search(s)) for s in seeds]  # type: ignore[misc]
+            search = partial(_misled, make, what, most)
+            traces = [bench.kept.trace(kind, seed, partial(search, seed)) for seed in seeds]
             own, base = (
                 float(np.mean([t.regret(make(s), most) for s, t in zip(seeds, some, strict=True)]))
                 for some in (traces, plain)
@@ -400,11 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluator = None if folder is None else nasbench201(folder)
     bench = Bench(journal, Kept(options.folder, seconds), bool(options.quick), evaluator)
     tables = {"cells": top_cells, "decisions": decisions, "fidelities": fidelities}
-    parts = {"strings": strings, "few": few, "guard": guard} | tables
+    parts = {"strings": strings, "few": few, "few_gp": few_gp, "guard": guard} | tables
     try:
         for part in PARTS:
             if options.part is not None and part not in options.part:
                 continue
+            if options.part is None and options.quick and part == "few_gp":
+                continue  # a second and more for every proposal
             journal.part = part
             if part in tables and evaluator is None:
                 journal.skip(f"NAS-Bench-201 CIFAR-10: {part}", "no nasbench201 in $SEARCHLAB_DATA")

@@ -3,13 +3,14 @@
     python -m searchlab.experiments.benchmarks.solver_schedule_guided [--quick] [--check] [--out F]
         [--folder F] [--minutes M] [--problem mixture|digits]
 
-Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided` at
-most 40 % of it. Both begin at the same known points, on the same noise, and end with the same
-selection; a ratio is the held-out error of the one's winner over that of the other's, below 1 where
-fewer evaluations gave more. Known points and their values are shared; the guided run comes first,
-so that the plain one is answered from the cache where they meet. Seconds are those of the search
-stage: proposing (fits, signals and the panel behind them included) and evaluations. `signal_rows`
-counts the samples that the model was called with for the signals.
+Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided`
+30 % of it. Both begin at the same known points, on the same noise, and end with the same selection;
+a ratio is the held-out error of the one's winner over that of the other's, below 1 where fewer
+evaluations gave more. Known points and their values are shared; the guided run comes first, so that
+the plain one is answered from the cache where they meet. Seconds are those of the search stage:
+from its first answers to its last, with fits, signals and the panel behind them; CPU seconds of the
+same are what the aim is for, as others may use the machine. `signal_rows` counts the samples that
+the model was called with for the signals.
 
 `signals` says how well each signal orders what plain evolution told (Kendall's tau, among all
 children and among the better half), and what it takes per candidate.
@@ -34,6 +35,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from searchlab.callbacks import Progress
 from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.sampling import SamplingEvaluator
 from searchlab.experiments.benchmarks import _schedule_runs as runs
@@ -47,7 +49,7 @@ from searchlab.study import Database
 Problem = Literal["mixture", "digits"]
 Who = Literal["plain", "guided"]
 
-SHARE = 0.4
+SHARE, SPENT = 0.4, 0.3  # of plain evolution's evaluations: the limit, and what is used
 NAMES = ("few", "typical", "path", "truncation")
 
 
@@ -78,7 +80,7 @@ class Case:
         return f"{self.problem}, nfe {self.nfe}"
 
     def options(self, who: Who, seed: int) -> SolverScheduleOptions:
-        budget = self.budget if who == "plain" else int(SHARE * self.budget)
+        budget = self.budget if who == "plain" else int(SPENT * self.budget)
         return SolverScheduleOptions(
             preset="default" if who == "plain" else "guided",
             problem=self.problem,
@@ -108,7 +110,6 @@ def measure(case: Case, seed: int) -> dict[Who, dict[str, Any]]:
 
 
 def _one(base: Database, case: Case, who: Who, seed: int) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
     config = build(case.options(who, seed))
     store = base.open_run(
         who,
@@ -117,12 +118,19 @@ def _one(base: Database, case: Case, who: Who, seed: int) -> dict[str, Any]:
         seed=seed,
         out="",
     )
-    result = run(config, store=store)
-    whole = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    clock: list[tuple[float, float]] = []
+
+    def heard(progress: Progress) -> None:
+        if progress.stage == config.stages[-1].name:
+            clock.append((time.perf_counter(), time.process_time()))
+
+    result = run(config, store=store, callbacks=[heard])
+    wall, cpu = (end - start for start, end in zip(clock[0], clock[-1], strict=True))
     outcome = runs.outcomes(result)[case.nfe]
     evaluator = config.stages[-1].evaluator
     assert isinstance(evaluator, SamplingEvaluator)
-    records = store.records()
+    records = result.records
+    assert records is not None
     search = records.replicate < SELECTION_REPLICATE
     search &= records.stage == len(config.stages) - 1
     own = search & np.array([not text.startswith("baseline") for text in records.origin])
@@ -138,8 +146,8 @@ def _one(base: Database, case: Case, who: Who, seed: int) -> dict[str, Any]:
         "fixed": outcome.fixed_value,
         "curve": np.fmin.accumulate(values).tolist(),
         "proposing_s": proposing,
-        "search_s": proposing + float(np.nansum(records.cost_s[own & ~records.cached])),
-        "run_s": whole,
+        "search_s": wall,
+        "search_cpu_s": cpu,
         "signal_rows": evaluator.signal_work.rows,
         "guard": state.get("guard"),
         "chosen": state.get("chosen"),
@@ -224,6 +232,7 @@ def _report(journal: Journal, case: Case, found: dict[Who, list[dict[str, Any]]]
     pairs = list(zip(found["guided"], found["plain"], strict=True))
     ratios = [g["held_out"] / p["held_out"] for g, p in pairs]
     times = [g["search_s"] / p["search_s"] for g, p in pairs]
+    cpu = [g["search_cpu_s"] / p["search_cpu_s"] for g, p in pairs]
     share = max(g["evaluations"] / p["evaluations"] for g, p in pairs)
     long = not journal.options.quick
     journal.case(
@@ -243,12 +252,13 @@ def _report(journal: Journal, case: Case, found: dict[Who, list[dict[str, Any]]]
             },
             "ratio": spread(ratios),
             "search_s_ratio": spread(times),
+            "search_cpu_s_ratio": spread(cpu),
         },
         seeds=case.seeds,
         aims=[
             Aim("share of plain evolution's evaluations, highest", share, "at most", SHARE),
             Aim("held-out error over plain's, median", _median(ratios), "at most", case.limit),
-            Aim("search seconds over plain's, median", _median(times), "at most", 1.0, long),
+            Aim("CPU seconds of search over plain's, median", _median(cpu), "at most", 1.0, long),
         ],
     )
     journal.case(f"signals, {case.name}", found["plain"][0]["signals"], seeds=case.seeds[:1])
@@ -261,7 +271,7 @@ def _figures(found: list[dict[str, Any]]) -> dict[str, Any]:
         "best_fixed": spread([one["fixed"] for one in found], 5),
         "search_s": spread([one["search_s"] for one in found]),
         "proposing_s": spread([one["proposing_s"] for one in found]),
-        "run_cpu_s": spread([one["run_s"]["cpu"] for one in found]),
+        "search_cpu_s": spread([one["search_cpu_s"] for one in found]),
     }
 
 

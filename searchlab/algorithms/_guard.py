@@ -14,6 +14,7 @@ __all__ = ["Evidence", "Gain", "correlation", "gain", "ranks", "trusts"]
 Floats = NDArray[np.float64]
 
 MOST_WORSE = 0.45  # share of late labels worse than early ones; without any skill it is a half
+CLEARLY = 0.25  # a share that leaves no doubt that late labels are better
 FEWEST = 4  # labels that a share is taken of
 _SIDE = 1.645  # 90 % intervals
 _FAR = 6.0  # robust standard deviations; losses that are worse by more are cut
@@ -130,9 +131,10 @@ def trusts(held_out: Evidence, online: Evidence, found: Gain) -> bool:
     Args:
         held_out: predictions of labels that the fit behind them had not seen.
         online: the predictions stored with the latest batches before they were learnt from. Rows
-            that a predictor chose are alike, so that little correlation among them is no failure;
-            only a clearly reversed order is.
-        found: the latest batches beside the labels before the first fit. One look in ten at
-            labels without order seems to show skill; its choices are then no better than those.
+            that a predictor chose are alike, and those it overrates are chosen most, so that a
+            reversed order among them is a failure only where nothing was gained either.
+        found: the latest batches beside the labels before the first fit. Some looks at labels
+            without order seem to show skill; its choices are then no better than those.
     """
-    return held_out.low > 0 and online.high >= 0 and found.worse < MOST_WORSE
+    gained = found.worse < MOST_WORSE and (online.high >= 0 or found.worse < CLEARLY)
+    return held_out.low > 0 and gained

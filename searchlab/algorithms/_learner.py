@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.algorithms._guard import Evidence, Gain, correlation, gain, trusts
+from searchlab.algorithms._prior import Prior
 from searchlab.algorithms.base import Told
 from searchlab.population import Jobs, Population
 from searchlab.predictor import DRAW_WIDTH, HoldsOut, Predictor, Table
 from searchlab.uniforms import BOOTSTRAP, FITS, uniforms, uniforms_of
 
-__all__ = ["Guard", "Learner", "rows_of"]
+__all__ = ["Final", "Guard", "Learner", "rows_of"]
 
 Floats = NDArray[np.float64]
 Guard = Literal["measured", "always", "never"]
@@ -38,6 +39,17 @@ class _State:
     gain: Gain = field(default_factory=Gain)
 
 
+@dataclass(frozen=True)
+class Final:
+    """What a search leaves: a fit, what it learnt from, and what it says of labels left out."""
+
+    predictor: Predictor
+    table: Table
+    losses: Floats
+    held_out: Floats
+    pool: Table
+
+
 class Learner:
     """What is known of the losses at one fidelity.
 
@@ -53,6 +65,7 @@ class Learner:
         first_fit: labels of the first fit.
         guard: what decides on trust.
         own: the first id that is not a seed's.
+        prior: an earlier predictor that chooses before the first fit; None = there is none.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Learner:
         first_fit: int,
         guard: Guard,
         own: int,
+        prior: Prior | None = None,
     ) -> None:
         self._make, self._table, self._background = make, table, background
         self._seed, self._level, self._first_fit = seed, level, first_fit
@@ -74,6 +88,25 @@ class Learner:
         self.labels = 0
         self.fitted = 0
         self.state = _State(None)
+        self._halves = False  # whether only every other candidate is chosen until the first fit
+        if prior is not None and guard != "never":
+            self.state = _State(prior.start(), trusted=True)
+            self._halves = not prior.trusted and guard == "measured"
+
+    def chooses(self, i: int) -> bool:
+        """Whether the candidate of an id is chosen by the predictor."""
+        return self.trusted and not (self._halves and not self.fitted and i % 2)
+
+    def final(self) -> Final | None:
+        """A fit to all labels, and what it says of those left out; None = there are none."""
+        told = self.told()
+        if told is None or not self.labels:
+            return None
+        losses = _labels(told.losses[:, 0], told.violation)
+        table, pool = self._table(told.population), self._background(int(told.ids[-1]))
+        predictor = self._fit(table, losses, pool)
+        held = self._held_out(predictor, table, losses, told.ids, pool)
+        return Final(predictor, table, losses, held, pool)
 
     @property
     def trusted(self) -> bool:

@@ -293,29 +293,43 @@ class Algorithm:
         return first is not None and first < before
 
     def _without_repeats(self, jobs: Jobs, n_seeds: int) -> Jobs:
-        issued = self._issued
+        issued, keys = self._issued, jobs.keys
         if self.repeats == "redraw":
-            keys, known, ids = jobs.keys, issued.get, jobs.ids.tolist()
-            new = len(set(keys)) == len(keys)
-            if not (new and all(known(key, i) >= i for i, key in zip(ids, keys, strict=True))):
-                jobs = self._redraw(jobs, n_seeds)
-        for i, key in zip(jobs.ids.tolist(), jobs.keys, strict=True):
+            ids = jobs.ids.tolist()
+            # The lowest row of each key has it, unless a lower id was given it before.
+            holder = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+            if not issued.keys().isdisjoint(holder):
+                gone = [k for k, row in holder.items() if k in issued and issued[k] < ids[row]]
+                for key in gone:
+                    del holder[key]
+            if len(holder) < len(keys):
+                jobs = self._redraw(jobs, n_seeds, holder)
+            issued.update(zip(jobs.keys, jobs.ids.tolist(), strict=True))
+            return jobs
+        for i, key in zip(jobs.ids.tolist(), keys, strict=True):
             first = issued.setdefault(key, i)
             if first > i:  # a later id of an earlier life of the run
                 issued[key] = i
         return jobs
 
-    def _redraw(self, jobs: Jobs, n_seeds: int) -> Jobs:
+    def _redraw(self, jobs: Jobs, n_seeds: int, holder: dict[bytes, int]) -> Jobs:
         """Draws repeats again, each row up to `MAX_REDRAWS` times, as if row after row.
 
         A row takes its first attempt that no lower id has. All rows that have none left draw
         another one together; what a lower row takes from a higher one in this way sends the higher
         one on, so that the order in which attempts are looked at changes nothing.
+
+        Args:
+            jobs: first attempts.
+            n_seeds: rows that are not drawn.
+            holder: key -> the row that has it.
         """
         ids, known = jobs.ids.tolist(), self._issued.get
-        attempts: list[list[bytes]] = [[key] for key in jobs.keys]
-        at = [0] * len(ids)  # the attempt that a row stands at
-        holder: dict[bytes, int] = {}
+        rest = [row for row, key in enumerate(jobs.keys) if holder.get(key) != row]
+        # Of rows that did not keep their first attempt: all attempts, and the one they stand at.
+        attempts = {row: [jobs.keys[row]] for row in rest}
+        at = dict.fromkeys(rest, 1)
+        waiting = [row for row in rest if row >= n_seeds]
         draws: list[Draw] = []
         source: dict[tuple[int, int], tuple[int, int]] = {}  # (row, attempt) -> draw and its row
 
@@ -334,14 +348,10 @@ class Algorithm:
                         if other is None:
                             return
                         row = other
+                        if row not in attempts:
+                            attempts[row], at[row] = [jobs.keys[row]], 0
                 at[row] += 1
 
-        waiting: list[int] = []
-        for row, (key, i) in enumerate(zip(jobs.keys, ids, strict=True)):
-            if known(key, i) >= i and key not in holder:
-                holder[key] = row
-            else:
-                settle(row)
         while waiting:
             groups: dict[int, list[int]] = {}
             for row in sorted(waiting):
@@ -377,8 +387,8 @@ class Algorithm:
 
 def _assembled(
     jobs: Jobs,
-    attempts: list[list[bytes]],
-    at: list[int],
+    attempts: dict[int, list[bytes]],
+    at: dict[int, int],
     source: dict[tuple[int, int], tuple[int, int]],
     draws: list[Draw],
 ) -> Jobs:
@@ -389,9 +399,7 @@ def _assembled(
     parents = np.array(jobs.parents)
     moves: list[tuple[list[int], list[int]]] = [([], []) for _ in draws]
     void = []
-    for row, attempt in enumerate(at):
-        if not attempt:
-            continue
+    for row, attempt in at.items():
         if attempt == len(attempts[row]):
             void.append(row)
             continue
@@ -413,7 +421,7 @@ def _assembled(
         origin=tuple(origin),
         parents=parents,
     )
-    return fresh.take(np.delete(np.arange(len(at)), void)) if void else fresh
+    return fresh.take(np.delete(np.arange(len(jobs)), void)) if void else fresh
 
 
 def no_parents(n: int) -> NDArray[np.int64]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._tau import Tau, tau_of
 from searchlab.algorithms._ladder import Ladder
-from searchlab.algorithms._learner import Guard, Learner
+from searchlab.algorithms._learner import Final, Guard, Learner
+from searchlab.algorithms._prior import Prior
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
 from searchlab.errors import ConfigError, SpaceError
@@ -72,6 +74,7 @@ class Guided(Algorithm):
         signals: gives signals of candidates without evaluating them; None = there are none.
         fidelities: relative costs, cheapest first, the truth last; one or none = all candidates
             are measured in full. With a guard that never trusts they are left alone.
+        prior: an earlier search's predictor to begin with, see `Prior`; None = there is none.
 
     Raises:
         ConfigError: numbers out of range, an unknown name, an algorithm that cannot be wrapped.
@@ -96,6 +99,7 @@ class Guided(Algorithm):
         guard: Guard = "measured",
         signals: StaticSignals | None = None,
         fidelities: Sequence[float] = (),
+        prior: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds)
         if first_fit < 4 or not 4 <= pool <= 10_000:
@@ -118,6 +122,9 @@ class Guided(Algorithm):
         self._predictor_options = dict(predictor_options or {})
         self._factory = resolve(PREDICTORS, self._predictor, "predictor")
         self._new_predictor()  # wrong options are found before anything is paid
+        self.prior: Prior | None = None
+        if prior is not None:
+            self.prior = Prior(prior, space, self._new_predictor, lambda: self._unseen)
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 
@@ -154,7 +161,7 @@ class Guided(Algorithm):
     def _learner(self, level: int) -> Learner:
         """Of the truth (0), or of the cheapest fidelity (1)."""
         return Learner(
-            self._new_predictor,
+            self._new_predictor if self.prior is None else self.prior.make,
             self._table if level == 0 else self._plain_table,
             self._unproven if level == 0 else lambda before: self._unseen,
             seed=self.seed,
@@ -162,6 +169,7 @@ class Guided(Algorithm):
             first_fit=self.first_fit,
             guard=self.guard,
             own=self.first_id + len(self.seeds.population),
+            prior=self.prior,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -175,15 +183,30 @@ class Guided(Algorithm):
             "guard": self.guard,
             "signals": [[signal.name, signal.direction] for signal in self._of],
             **({"fidelities": list(self.ladder.costs)} if self.ladder is not None else {}),
+            **({"prior": self.prior.settings()} if self.prior is not None else {}),
         }
 
     def report(self) -> dict[str, Any]:
         """See `Algorithm.report`: the labels, the last fit, and what the guard says of it."""
         out = {"predictor": self._predictor, **self.top.to_json(), "chosen": self.chosen}
+        if self.prior is not None:
+            out["prior"] = {"line": self.prior.line, **self._prior_tau().to_json()}
         if self.ladder is not None and self.cheap is not None:
             out["cheapest"] = self.cheap.to_json()
             out["fidelities"] = self.ladder.to_json()
         return out
+
+    def final(self) -> Final | None:
+        """What this search leaves: a fit to all labels; None = there are none."""
+        return self.top.final()
+
+    def _prior_tau(self) -> Tau:
+        """How the earlier predictor orders the labels of this search, none of which it has seen."""
+        told = self.top.told()
+        if self.prior is None or told is None:
+            return Tau()
+        said = self.prior.start().rank(self._plain_table(told.population))
+        return tau_of(said, told.losses[:, 0])
 
     @staticmethod
     def notes(result: Result) -> list[str]:
@@ -194,6 +217,10 @@ class Guided(Algorithm):
             f"(correlation {state['held_out']['rho']:.2f} with those held out)."
             for state in states
             if "guard" in state
+        ] + [
+            f"{state['prior']['line']}; {Tau.from_json(state['prior'])}."
+            for state in states
+            if "prior" in state
         ]
 
     @property
@@ -241,17 +268,22 @@ class Guided(Algorithm):
             columns = every[:, [names.index(signal.name) for signal in self._of]]
         return table_of(self.space, population, signals=columns, of=self._of)
 
+    def table_of(self, population: Population) -> Table:
+        """Candidates as a predictor reads them that nothing was measured of."""
+        return self._plain_table(population)
+
     def _table(self, population: Population) -> Table:
         """The table that the truth is learnt from: signals, and what cheaper fidelities gave."""
         table = self._plain_table(population)
         if self.ladder is None:
             return table
         columns, names = self.ladder.columns(self.space.keys(population)), self.ladder.names
+        losses: list[Literal["min"]] = ["min"] * len(names)
         return replace(
             table,
             signals=np.concatenate([table.signals, columns], axis=1),
             signal_names=(*table.signal_names, *names),
-            directions=(*table.directions, *(("min",) * len(names))),
+            directions=(*table.directions, *losses),
         )
 
     @cached_property
@@ -283,9 +315,10 @@ class Guided(Algorithm):
         n_seeds = int(np.clip(self.first_id + len(self.seeds.population) - first_id, 0, n))
         parts = [self.inner.ask(first_id, n_seeds)] if n_seeds else []
         ids = range(first_id + n_seeds, first_id + n)
-        draws = self._drawn(ids)
-        self._look_ahead(draws)
-        parts += [self._fresh(i, self.top, draw) for i, draw in zip(ids, draws, strict=True)]
+        chosen = [i for i in ids if self.top.chooses(i)]
+        draws = dict(zip(chosen, self._drawn(chosen), strict=True))
+        self._look_ahead(list(draws.values()))
+        parts += [self._fresh(i, self.top, draws.get(i)) for i in ids]
         jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
         return self.top.noted(jobs)
 
@@ -310,7 +343,7 @@ class Guided(Algorithm):
 
     def _alone(self, i: int, learner: Learner) -> Jobs:
         """`_fresh` of one id, with what is predicted of it."""
-        draw = self._drawn([i])[0] if learner.trusted else None
+        draw = self._drawn([i])[0] if learner.chooses(i) else None
         return learner.noted(self._fresh(i, learner, draw))
 
     def _ask_level(self, i: int, n: int) -> Jobs:

@@ -86,8 +86,9 @@ class UniformVariation:
         targets: Array | None = None,
     ) -> Population:
         n, d = len(u), space.size
-        mix = (u[:, 2 : 2 + d] < 0.5) & (u[:, :1] < self.crossover)
-        conditional = any(variable.when for variable in space.variables.values())
+        mix = u[:, 2 : 2 + d] < 0.5
+        mix &= u[:, :1] < self.crossover
+        conditional = space.conditional
         active_a = space.active(a) if conditional else None
         active_b = space.active(b) if conditional else None
         columns: dict[str, Array] = {}
@@ -116,7 +117,7 @@ class UniformVariation:
                     columns[name] = np.where(born, fresh, columns[name]).astype(variable.dtype)
             start += variable.size
             at += variable.width
-        return space.repair(Population(columns), u[:, at:])
+        return space.repair(Population._of(columns, n), u[:, at:])
 
     def _mask(
         self, space: Space, u_sure: Array, u: Array, alive: dict[str, Array], strength: float

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import DriverEnd, unpacked
@@ -238,6 +239,21 @@ class Supervisor:
         if self._thread.is_alive():
             self._wake()
             self._thread.join()
+
+    def activity(self) -> dict[str, Any]:
+        """How many chunks wait, and what each worker does; may be a moment old."""
+        rows: list[dict[str, Any]] = []
+        for worker in self._workers:
+            task = worker.task
+            rows.append(
+                {
+                    "worker": worker.name,
+                    "state": "evaluates" if task else "idle" if worker.ready else "starts",
+                    "job": None if task is None else int(task.chunk.jobs.ids[0]),
+                    "since": None if task is None else task.begun,
+                }
+            )
+        return {"queued": len(self._tasks), "workers": rows}
 
     def pids(self) -> list[int]:
         """Process numbers of the workers that run now."""

@@ -99,7 +99,8 @@ class Executor(Protocol):
 
     Methods that an executor may have besides: `usage() -> Usage`; `withdraw() -> list[Chunk]`,
     which takes back what no worker has begun (see `searchlab.interruption`); `log_to(folder)`,
-    called before `start`, says where what workers print is kept.
+    called before `start`, says where what workers print is kept; `activity()` is JSON for those who
+    watch: {"queued": N, "workers": [{"worker", "state", "job", "since"}]}.
     """
 
     @property

@@ -8,7 +8,7 @@ import queue
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from searchlab import errors
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError
@@ -182,6 +182,10 @@ class ProcessExecutor:
             supervisor.repeats,
             supervisor.overruns,
         )
+
+    def activity(self) -> dict[str, Any]:
+        """What the workers do now, for `show --watch`."""
+        return {} if self._supervisor is None else self._supervisor.activity()
 
     def pids(self) -> list[int]:
         """Process numbers of the workers that run now."""

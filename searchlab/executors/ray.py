@@ -24,6 +24,7 @@ PATIENCE = (
     60.0  # seconds that a worker may wait for a node's resources where none is to be waited for
 )
 LATER = 10.0  # seconds for which others that are being placed are waited for
+FIRST_STARTS = 3  # of a worker that died before it was ready
 NODES = 2.0  # seconds between looks for new nodes
 
 
@@ -204,8 +205,11 @@ class RayExecutor:
         while pool.count("ready") < expected:
             pool.step(0.25)
             for member in pool.members:
-                if member.broken is not None:
-                    _refuse(member, member.broken, self._evaluators)
+                broken = member.broken
+                # What a worker says of itself would be the same again; a death may be an accident.
+                accident = broken is not None and broken.step == "boot" and broken.error
+                if broken is not None and (not accident or member.failed_starts >= FIRST_STARTS):
+                    _refuse(member, broken, self._evaluators)
             now = time.monotonic()
             if pool.count("setting up"):
                 until, later = now + PATIENCE, math.inf

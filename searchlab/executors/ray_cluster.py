@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import logging
 import os
@@ -88,6 +89,7 @@ class Cluster:
         self._store = max(store, STORE)
         self._own = False
         self._head: tuple[str, int] | None = None
+        self.lost = False  # for good: every call of Ray's would hang
         self._missed: float | None = None  # since when the head does not answer
 
     def prepare(self) -> None:
@@ -158,6 +160,8 @@ class Cluster:
         self._own = False
         import ray
 
+        if self.lost:
+            _let_go(ray)
         leaving = threading.Thread(target=ray.shutdown, daemon=True)
         leaving.start()
         leaving.join(LEAVE)
@@ -178,6 +182,7 @@ class Cluster:
             if now - self._missed < GONE:
                 return False
             where = ":".join(map(str, self._head))
+            self.lost = True
             raise EvaluationError(
                 f"the head of the Ray cluster at {where} is gone ({_line(error)}); what was "
                 "recorded is kept, and `searchlab resume` goes on, also on another cluster"
@@ -308,6 +313,15 @@ def check_head(where: tuple[str, int]) -> None:
 
 def _given(address: str | None) -> tuple[str, int] | None:
     return None if address in (None, "auto") else split_address(str(address))
+
+
+def _let_go(ray: Any) -> None:
+    """Drops what Ray would do when this process ends: it would wait for the head, then abort."""
+    atexit.unregister(ray.shutdown)
+    worker = sys.modules["ray._private.worker"]
+    atexit.unregister(getattr(worker, "shutdown", ray.shutdown))
+    if sys.excepthook is getattr(worker, "custom_excepthook", None):
+        sys.excepthook = sys.__excepthook__
 
 
 @contextmanager

@@ -400,7 +400,7 @@ class Pool:
 
     def _kill(self, member: Member) -> None:
         actor, member.actor = member.actor, None
-        if actor is not None:
+        if actor is not None and not self.cluster.lost:
             self._ray.kill(actor)
 
     # -- deaths and deadlines -----------------------------------------------------------------
@@ -440,10 +440,11 @@ class Pool:
             self._break(member, Broken("boot", type(error).__name__, text))
             return
         node = member.where.get("node")
-        if "NodeDied" in type(error).__name__ or node not in self.cluster.nodes():
+        name = type(error).__name__  # of a crash Ray says ActorDied, of silence Unavailable
+        if "NodeDied" in name or "Unavailable" in name or node not in self.cluster.nodes():
             self._bury(member, "node", "its node was lost")
             return
-        if "OutOfMemory" in type(error).__name__ or "OutOfMemory" in str(error):
+        if "OutOfMemory" in name or "OutOfMemory" in str(error):
             reason = "Ray ended it because its node ran out of memory"
         else:
             reason = member.last_words or "it died (out of memory, killed by hand, or a crash)"

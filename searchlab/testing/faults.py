@@ -386,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Drives one small run to its end.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--executor", default="processes")
+    parser.add_argument("--ray-address")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -393,6 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more: dict[str, Any] = {}
     if given.executor != "local":
         more = {"workers": given.workers, "deadline": DEADLINE, "retries": RETRIES}
+    if given.executor == "ray":
+        calls = {"env_vars": {LOG: os.environ[LOG]}}
+        more["more"] = {"address": given.ray_address, "runtime_env": calls}
     try:
         drive(given.folder, ExecutorOptions(given.executor, **more), given.evaluations, given.seed)
     except ConfigError as error:

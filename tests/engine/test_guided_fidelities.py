@@ -46,6 +46,7 @@ class TestGuidedFidelities(AlgorithmSuite):
                 first_id=first_id,
                 seeds=seeds,
                 pool=20,
+                predictor="ridge",  # whichever it is, the order of things is the same
                 first_fit=4,
                 guard="always",
                 fidelities=(0.05, 0.2, 1.0),
@@ -84,7 +85,7 @@ class Rough:
 
 
 def config(evaluator: Any = None, budget: int = 40, seed: int = 1, **more: Any) -> SearchConfig:
-    algorithm = AlgorithmSpec("guided", {"pool": 60, **more.pop("options", {})})
+    algorithm = AlgorithmSpec("guided", {"pool": 60, "predictor": "gp", **more.pop("options", {})})
     stage = Stage("search", SPACE, evaluator or Rough(), algorithm, Budget(budget))
     return SearchConfig((stage,), seed=seed, **more)
 
@@ -118,7 +119,7 @@ def test_every_candidate_is_measured_cheaply_before_it_is_measured_in_full() -> 
 
 def test_a_cheap_fidelity_saves_and_one_that_misleads_is_given_up() -> None:
     best: dict[str, list[float]] = {"without": [], "with": [], "negated": []}
-    for seed in range(3):
+    for seed in range(2):
         for name, evaluator in (
             ("without", Rough(costs=(1.0,))),
             ("with", Rough()),
@@ -131,18 +132,18 @@ def test_a_cheap_fidelity_saves_and_one_that_misleads_is_given_up() -> None:
 
 
 def test_equal_traces_whatever_comes_first_and_whatever_the_budget_was() -> None:
-    whole = run_in(config(budget=30, lag=6))
+    whole = run_in(config(budget=20, lag=6))
     jumbled = MemoryRun()
-    run(config(budget=30, lag=6), store=jumbled, executor=Shuffled(5))
+    run(config(budget=20, lag=6), store=jumbled, executor=Shuffled(5))
     assert trace(jumbled) == trace(whole)
     part = run_in(config(budget=9, lag=6))
     part = reopened(part)
-    run(config(budget=30, lag=6), store=part)
+    run(config(budget=20, lag=6), store=part)
     assert trace(part) == trace(whole)
     holes = reopened(whole, lambda i: i % 3 != 1)
-    run(config(budget=30, lag=6), store=holes)
+    run(config(budget=20, lag=6), store=holes)
     assert trace(holes) == trace(whole)
-    assert verify(config(budget=30, lag=6), whole) == []
+    assert verify(config(budget=20, lag=6), whole) == []
 
 
 def test_the_report_says_what_the_cheap_fidelity_is_worth() -> None:

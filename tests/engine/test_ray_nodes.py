@@ -42,7 +42,7 @@ import searchlab
 from searchlab.executors import RayExecutor
 executor = RayExecutor(workers=2, address=sys.argv[1]) if len(sys.argv) > 1 else None
 result = searchlab.search(
-    process_tools.mixed_space(), process_tools.slow, budget=800, lag=8, seed=5,
+    process_tools.mixed_space(), process_tools.slow, budget=1200, lag=8, seed=5,
     algorithm="evolution", executor=executor, out="run" if executor else None,
 )
 print(result.meta["status"], hash(result.records.trace()))
@@ -90,7 +90,7 @@ def test_nodes_come_and_go_and_the_head_is_lost(
     assert f"the head of the Ray cluster at {address} is gone" in last
     assert "`searchlab resume` goes on" in last
     kept = _recorded(tmp_path)
-    assert 20 <= kept < 800
+    assert 20 <= kept < 1200
     with ray_nodes.head(cpus=2) as (address, _):
         driver = start([_script(tmp_path), address], tmp_path, PYTHONHASHSEED="0")
         out, err = driver.communicate(timeout=120)
@@ -104,7 +104,7 @@ def _script(folder: Path) -> Path:
 
 
 def _recorded(folder: Path) -> int:
-    if not (folder / "run" / "study.db").exists():
+    if not (folder / "run" / "searchlab.db").exists():
         return 0
-    with Database(folder / "run" / "study.db") as base:
-        return len(base.read("run").records())
+    with Database(folder / "run" / "searchlab.db") as base:
+        return len(base.read("search").records())

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fault_tools
 
 from searchlab._study_lease import Owner
+from searchlab.cli import main
 from searchlab.study import Database, Run
 from searchlab.testing.study import EVALUATOR, StudySuite, make_jobs, write
 
@@ -169,3 +170,50 @@ def test_a_file_of_before_there_were_claims_gets_them(tmp_path: Path) -> None:
         assert [info.name for info in base.runs()] == ["old"]
         base.read("old").records()
     check_claims(str(path))
+
+
+# -- a whole run --------------------------------------------------------------------------------
+
+COMMAND = """
+variables:
+  a: {integer: [0, 99]}
+"""
+
+
+@needs_server
+def test_a_run_on_a_server_is_resumed_and_shown_and_tells_no_password(
+    tmp_path: Path,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import sqlalchemy as sa
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(COMMAND)
+    (tmp_path / "job.sh").write_text('printf \'{"objectives": {"y": %s}}\' "$2" > "$1"\n')
+    place = ["--database", url]
+    assert main(["run", "--space", "space.yaml", "--evaluator", "command", "--objective", "y:min",
+                 "--command", "sh job.sh {out} {id} {plan}", "--name", "t", "--budget", "6",
+                 "--workers", "2", *place]) == 0  # fmt: skip
+    assert main(["show", "runs/t"]) == 2
+    assert "--database URL" in capfd.readouterr().err
+    assert main(["resume", "runs/t", "--budget", "9", *place]) == 0
+    assert main(["verify", "t", *place]) == 0
+    capfd.readouterr()
+    assert main(["show", "runs/t", "--watch", *place]) == 0
+    assert "t: finished; 9 records" in capfd.readouterr().out
+    assert main(["report", "t", *place]) == 0
+    assert main(["export", "t", "--csv", "t.csv", *place]) == 0
+    secret = sa.engine.make_url(url).password
+    assert secret
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        for table in sa.inspect(connection).get_table_names():
+            for row in connection.exec_driver_sql(f'SELECT * FROM "{table}"'):
+                assert secret not in repr(tuple(row)), table
+    engine.dispose()
+    assert secret not in "".join(capfd.readouterr())
