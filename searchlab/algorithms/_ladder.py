@@ -145,6 +145,10 @@ class Ladder:
         """Whether the cheapest level says anything of the truth, as far as is known."""
         return self.evidence().rho >= USEFUL
 
+    def misleads(self) -> bool:
+        """Whether the cheapest level's order is the reverse of the truth's beyond doubt."""
+        return self.evidence().high < 0
+
     # -- going on ---------------------------------------------------------------------------
 
     def measured(self, level: int, before: int, most: int) -> Population | None:

@@ -355,7 +355,8 @@ class Guided(Algorithm):
         if n == 0 or i < ladder.own:
             return replace(self.top.noted(self.inner.ask(i, n)), fidelity=ladder.at[-1])
         cheap.refit()
-        if self.top.fitted and not self.top.trusted and not ladder.pays():
+        idle = self.top.fitted and not self.top.trusted and not ladder.pays()
+        if idle or ladder.misleads():
             return replace(self._alone(i, self.top), fidelity=ladder.at[-1])
         if level and (jobs := self._promoted(i, level)) is not None:
             return jobs

@@ -85,7 +85,9 @@ class Rough:
 
 
 def config(evaluator: Any = None, budget: int = 40, seed: int = 1, **more: Any) -> SearchConfig:
-    algorithm = AlgorithmSpec("guided", {"pool": 60, "predictor": "gp", **more.pop("options", {})})
+    algorithm = AlgorithmSpec(
+        "guided", {"pool": 60, "predictor": "ridge", **more.pop("options", {})}
+    )
     stage = Stage("search", SPACE, evaluator or Rough(), algorithm, Budget(budget))
     return SearchConfig((stage,), seed=seed, **more)
 
@@ -125,7 +127,7 @@ def test_a_cheap_fidelity_saves_and_one_that_misleads_is_given_up() -> None:
             ("with", Rough()),
             ("negated", Rough(sign=-1.0)),
         ):
-            result = run(config(evaluator, seed=seed))
+            result = run(config(evaluator, 24, seed=seed))
             best[name].append(result.best.value)
     assert np.mean(best["with"]) < np.mean(best["without"]) - 0.5
     assert np.mean(best["negated"]) < np.mean(best["without"]) + 3.0
