@@ -297,7 +297,8 @@ def truncation(
         k = times.shape[1] - 1
         exact = [x[:, r // 2] for r in range(2 * k + 1)]
         known = [m[:, j] for j in range(k)]
-        errors, wrong = [torch.zeros_like(exact[0])], []
+        errors = [torch.zeros_like(exact[0])]
+        wrong: list[Tensor] = []
         for r in range(2 * k + 1):
             if r:
                 made = _node(states[:, r], outputs[:, r], exact[:r], known[: (r + 1) // 2])
