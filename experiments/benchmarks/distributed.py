@@ -15,6 +15,7 @@ workers, shorter evaluations and neither Ray Tune nor the two nodes.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import statistics
@@ -211,7 +212,8 @@ def _tune(journal: Journal, mean: float, trials: int, actors: int, threads: int)
             run_config=tune.RunConfig(verbose=0, storage_path=tempfile.mkdtemp()),
         )
         began = time.perf_counter()
-        results = tuner.fit()
+        with contextlib.redirect_stdout(sys.stderr):
+            results = tuner.fit()
         seconds = time.perf_counter() - began
     finally:
         ray.shutdown()
@@ -344,7 +346,7 @@ def _schedules(
     """One run of the command line in a folder of its own, so that no cache answers."""
     folder.mkdir()
     words = ["run", "solver_schedule", "--nfe", "5", "--budget", str(budget), "--name", "room"]
-    words += ["--executor", executor, "--workers", "2", "--lag", "8", "--quiet", *more]
+    words += ["--executor", executor, "--workers", "2", "--quiet", *more]
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "searchlab", *words],
