@@ -123,7 +123,8 @@ def matched(
             columns.append(np.full(len(table), np.nan))
             continue
         column = table.signals[:, table.signal_names.index(name)]
-        if background is not None and len(quantiles.get(name, ())):
+        there = background is not None and name in background.signal_names
+        if background is not None and there and len(quantiles.get(name, ())):
             seen = background.signals[:, background.signal_names.index(name)]
             column = _moved(column, seen, np.asarray(quantiles[name], dtype=np.float64))
         columns.append(column)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from searchlab.config import PREDICTORS, resolve
 from searchlab.errors import ConfigError, DataError
-from searchlab.predictor import Predictor, Table
+from searchlab.evaluator import Signal
+from searchlab.predictor import Predictor, Table, table_of
 from searchlab.predictor_folder import SignalSchema, space_kind
 from searchlab.predictors._mapping import mapped_table, matched
 from searchlab.predictors.artifact import (
@@ -22,7 +23,7 @@ from searchlab.predictors.artifact import (
     read_artifact,
     write_artifact,
 )
-from searchlab.predictors.base import BasePredictor, part_of
+from searchlab.predictors.base import part_of
 from searchlab.predictors.preprocess import Labels, usable_losses
 from searchlab.predictors.stack import Stack
 from searchlab.space import Space
@@ -69,7 +70,7 @@ class Earlier:
     Args:
         predictor: fitted.
         space: what it was fitted on.
-        signals: what it was fitted with.
+        signals: what it was fitted with; None = whatever a table has.
         adapted: the task is another one, so that signals are compared by their ranks among random
             candidates. False = they mean the same.
         background: random candidates of the new task with their signals; needed where adapted.
@@ -79,7 +80,7 @@ class Earlier:
         self,
         predictor: Predictor,
         space: Space,
-        signals: tuple[SignalSchema, ...],
+        signals: tuple[SignalSchema, ...] | None,
         *,
         adapted: bool = False,
         background: Callable[[], Table] | None = None,
@@ -103,27 +104,24 @@ class Earlier:
                 f"predictor in {str(folder)!r} is of {artifact.kind}; allowed: {space_kind(space)}"
             )
         own = space if artifact.fingerprint == space.fingerprint else artifact.space
-        signals = () if artifact.task is None else artifact.task.signals
+        signals = None if artifact.task is None else artifact.task.signals
         predictor = load_predictor(folder, own)
         return Earlier(predictor, own, signals, adapted=adapted, background=background)
 
     def table(self, table: Table) -> Table:
         """Candidates of the new space and task as the predictor reads them."""
-        wanted = {signal.name: signal.direction for signal in self.signals}
-        background = None
-        if self.adapted and wanted:
-            if self._seen is None and self._background is not None:
-                self._seen = self._background()
-            background = self._seen
-            if background is not None:
-                missing = [n for n in wanted if n not in background.signal_names]
-                wanted_there = {n: d for n, d in wanted.items() if n not in missing}
-                background = background if wanted_there else None
-        quantiles = {signal.name: signal.quantiles for signal in self.signals}
-        table = matched(table, wanted, background, quantiles)
+        if self.signals is not None:
+            table = self._matched(table, self.signals)
         if table.space.fingerprint == self.space.fingerprint:
             return table
         return mapped_table(table, self.space)
+
+    def _matched(self, table: Table, signals: tuple[SignalSchema, ...]) -> Table:
+        wanted = {signal.name: signal.direction for signal in signals}
+        if self.adapted and wanted and self._seen is None and self._background is not None:
+            self._seen = self._background()
+        quantiles = {signal.name: signal.quantiles for signal in signals}
+        return matched(table, wanted, self._seen if self.adapted else None, quantiles)
 
     def rank(self, table: Table) -> Floats:
         """See `Predictor.rank`."""
@@ -140,13 +138,15 @@ class Earlier:
     def state(self, *, with_data: bool) -> State:
         """Everything, as JSON and arrays."""
         config, arrays = _state_of(self.predictor, with_data=with_data)
-        if self.adapted and self.signals:
-            self.table(self._empty())  # looks at the background
+        if self.adapted and self.signals and self._seen is None and self._background is not None:
+            self._seen = self._background()
         seen = self._seen
         out = {
             "predictor": self.predictor.name,
             "space": described_space(self.space),
-            "signals": [signal.to_json() for signal in self.signals],
+            "signals": None
+            if self.signals is None
+            else [signal.to_json() for signal in self.signals],
             "adapted": self.adapted,
             "state": config,
             "background": None if seen is None else list(seen.signal_names),
@@ -156,40 +156,23 @@ class Earlier:
             named["background"] = seen.signals
         return out, named
 
-    def _empty(self) -> Table:
-        """No candidates, with the signals of the old task."""
-        from searchlab.predictor import table_of
-
-        none = table_of(self.space, self.space.empty())
-        return replace(
-            none,
-            signals=np.empty((0, len(self.signals))),
-            signal_names=tuple(signal.name for signal in self.signals),
-            directions=tuple(signal.direction for signal in self.signals),  # type: ignore[arg-type]
-        )
-
     @staticmethod
     def of_state(config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Earlier:
         """The inverse of `state`."""
         space = kept_space(config["space"], str(config["predictor"]))
         kind = resolve(PREDICTORS, str(config["predictor"]), "predictor")
         predictor = kind.of_state(space, config["state"], part_of(arrays, "state"))
-        signals = tuple(SignalSchema.from_json(part) for part in config["signals"])
+        signals = None
+        if config["signals"] is not None:
+            signals = tuple(SignalSchema.from_json(part) for part in config["signals"])
         self = Earlier(predictor, space, signals, adapted=bool(config["adapted"]))
         if config["background"] is not None:
-            self._seen = replace(
-                self._empty_of(len(arrays["background"])),
-                signals=arrays["background"],
-                signal_names=tuple(config["background"]),
-                directions=("min",) * len(config["background"]),
-            )
+            # Which candidates they were is not kept: only their signals are looked at.
+            names, columns = tuple(config["background"]), arrays["background"]
+            rows = space.sample(np.zeros((len(columns), space.sample_width)))
+            of = [Signal(name) for name in names]
+            self._seen = table_of(Space(space.variables), rows, signals=columns, of=of)
         return self
-
-    def _empty_of(self, n: int) -> Table:
-        from searchlab.predictor import table_of
-
-        rows = self.space.sample(np.zeros((n, self.space.sample_width)))
-        return table_of(Space(self.space.variables), rows)
 
 
 class Warm:
@@ -303,6 +286,10 @@ class Warm:
             return 0.0
         found = float(held @ rest) / (size * (1 + RESERVE / len(rest)) ** 2)
         return float(np.clip(found, 0.0, 1.0))
+
+    def storable(self, make: Callable[[], Predictor]) -> Warm:
+        """An unfitted one that begins at the same predictor and learns by another kind."""
+        return Warm(self.earlier, make=make, frozen=self.frozen)
 
     def held_out(self) -> Floats | None:
         """See `HoldsOut.held_out`; the earlier predictor has seen none of the labels."""
@@ -435,8 +422,9 @@ class Warm:
 
 
 def _state_of(predictor: Predictor, *, with_data: bool) -> State:
-    if not isinstance(predictor, BasePredictor | Warm):
+    if not (hasattr(predictor, "state") and hasattr(predictor, "of_state")):
         raise ConfigError(
-            f"predictor {predictor.name!r} inside another; allowed: one that comes with searchlab"
+            f"predictor {predictor.name!r} inside another; allowed: one with state and of_state"
         )
-    return predictor.state(with_data=with_data)
+    out: State = predictor.state(with_data=with_data)
+    return out

@@ -12,7 +12,7 @@ from searchlab.errors import ConfigError
 if TYPE_CHECKING:
     from searchlab.config import SearchConfig
 
-__all__ = ["add_data_flag", "add_flags", "warm_start", "with_earlier"]
+__all__ = ["add_data_flag", "add_flags", "refuse", "warm_start", "with_earlier"]
 
 
 def add_data_flag(parser: Any) -> None:
@@ -63,6 +63,14 @@ def with_earlier(
 
         config = with_prior(config, PriorRequest(Path(folder), refit or "warm"))
     return config
+
+
+def refuse(given: argparse.Namespace, recipe: str) -> None:
+    """Raises ConfigError where a run that is only opened is to begin with an earlier one."""
+    for name in ("predictor", "refit", "warm_start"):
+        if getattr(given, name, None) is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} with recipe {recipe!r}; allowed: recipes that evaluate")
 
 
 def warm_start(given: argparse.Namespace) -> str | None:

@@ -206,6 +206,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
     check_folder(out)
     database = given.database or DEFAULT_DATABASE
+    if recipe.opens_only:
+        earlier.refuse(given, recipe.name)
     if recipe.opens_only and not given.dry_run:
         return command_external.open_only(recipe, chosen, name, out, database)
     taken = [name for name, *_ in flags_of(recipe)]

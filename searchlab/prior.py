@@ -34,6 +34,7 @@ from searchlab.predictor_folder import (
 if TYPE_CHECKING:
     from searchlab.algorithms._learner import Final
     from searchlab.loop import StageRun
+    from searchlab.predictor import Predictor
     from searchlab.study import Store
 
 __all__ = [
@@ -115,7 +116,8 @@ def _options(stage: Stage, request: PriorRequest) -> dict[str, Any]:
             task.objective == stage.evaluator.objectives[stage.main].name
         )
         adapted = not same
-        what = "same task" if same else f"other task ({_differs(task, stage)})"
+        other = _differs(task, stage)
+        what = f"other task ({other})" if other else "same task"
     use = "adapted" if adapted else "direct"
     known = Tau() if task is None else task.held_out
     return {
@@ -129,13 +131,13 @@ def _options(stage: Stage, request: PriorRequest) -> dict[str, Any]:
 
 
 def _differs(task: PredictorTask, stage: Stage) -> str:
-    """Which settings of the evaluator are others, a few of them."""
+    """Which settings of the evaluator are others, a few of them; empty = none is."""
     mine = {**stage.evaluator.identity(), "objective": stage.evaluator.objectives[stage.main].name}
     theirs = {**task.identity, "objective": task.objective}
     keys = [key for key in mine if key not in theirs or theirs[key] != _plain(mine[key])]
     shown = [f"{key} {_short(theirs.get(key))} -> {_short(mine[key])}" for key in keys[:_SHOWN]]
     more = [f"{len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
-    return ", ".join(shown + more) or "other candidates"
+    return ", ".join(shown + more)
 
 
 def _plain(value: Any) -> Any:
@@ -186,10 +188,9 @@ def leave_predictor(
     try:
         predictor.save(fresh, with_data=with_data)
     except ConfigError:
-        instead = f" in place of {predictor.name}, which is its data"
-        predictor = resolve(PREDICTORS, "stack", "predictor")(members=FALLBACK)
-        predictor.fit(final.table, final.losses, seed=seed % 2**32)
-        own = predictor.held_out()
+        predictor, instead = _without_data(predictor)
+        predictor.fit(final.table, final.losses, seed=seed % 2**32, pool=final.pool)
+        own = getattr(predictor, "held_out", lambda: None)()
         held = np.full(len(final.losses), np.nan) if own is None else own
         predictor.save(fresh, with_data=with_data)
     objective = stage.evaluator.objectives[stage.main]
@@ -214,6 +215,19 @@ def leave_predictor(
     return f"predictor {predictor.name} left in {folder / LEFT}{instead}: {task.held_out}"
 
 
+def _without_data(predictor: Predictor) -> tuple[Predictor, str]:
+    """What is fitted in place of a predictor that is its data, and how that is said."""
+
+    def stack() -> Predictor:
+        made: Predictor = resolve(PREDICTORS, "stack", "predictor")(members=FALLBACK)
+        return made
+
+    storable = getattr(predictor, "storable", None)
+    if storable is not None:
+        return storable(stack), " with a stack in place of what is its data"
+    return stack(), f" in place of {predictor.name}, which is its data"
+
+
 def _statistics(values: Any, sign: float) -> dict[str, float]:
     best, worst = (values.min(), values.max()) if sign > 0 else (values.max(), values.min())
     return {
@@ -230,7 +244,7 @@ def _schema(stage: Stage, final: Final) -> tuple[SignalSchema, ...]:
     """The signals of the table, as far as their values go among what was learnt from."""
     declared = {signal.name: signal for signal in stage.evaluator.signals}
     out = []
-    columns = (final.pool if final.pool is not None else final.table).signals
+    columns = final.pool.signals
     for at, name in enumerate(final.table.signal_names):
         column = columns[:, at]
         column = column[np.isfinite(column)]

@@ -88,14 +88,19 @@ class Learner:
         self.labels = 0
         self.fitted = 0
         self.state = _State(None)
+        self._prior = prior if guard != "never" else None
         self._halves = False  # whether only every other candidate is chosen until the first fit
-        if prior is not None and guard != "never":
-            self.state = _State(prior.start(), trusted=True)
-            self._halves = not prior.trusted and guard == "measured"
+        if self._prior is not None:
+            self.state = _State(self._prior.start(), trusted=True)
+            self._halves = not self._prior.trusted and guard == "measured"
 
     def chooses(self, i: int) -> bool:
         """Whether the candidate of an id is chosen by the predictor."""
         return self.trusted and not (self._halves and not self.fitted and i % 2)
+
+    def _begun(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which ids before the first fit an earlier predictor chose the candidates of."""
+        return np.full(len(ids), self._prior is not None) & ((ids % 2 == 0) | (not self._halves))
 
     def final(self) -> Final | None:
         """A fit to all labels, and what it says of those left out; None = there are none."""
@@ -167,7 +172,8 @@ class Learner:
             batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
             latest = (batch > 0) & (batch >= len(counts) - BATCHES)
             online = self._online(told, losses, np.where(latest, batch, 0))
-            found = gain(losses[(batch == 0) & (told.ids >= self._own)], losses[latest])
+            early = (batch == 0) & (told.ids >= self._own) & ~self._begun(told.ids)
+            found = gain(losses[early], losses[latest])
             trusted = trusts(held_out, online, found)
             self.state = _State(predictor, trusted, held_out, online, found)
         else:

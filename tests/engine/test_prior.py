@@ -220,6 +220,8 @@ def test_bad_folders_are_named_before_any_evaluation(
 
 
 def test_bad_options_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["run", "ask", "--space", "none.yaml", "--objective", "x:min", "--predictor", "p"]
+    assert "allowed: recipes that evaluate" in out_of(capsys, ask, 2)
     assert "without a predictor" in out_of(capsys, [*FIRST, "--refit", "never"], 2)
     with pytest.raises(ConfigError, match="refit 'maybe'; allowed: never, warm, scratch"):
         sl.search(

@@ -1,0 +1,307 @@
+"""Predictors that are used again: evaluations that an earlier search saves the next one.
+
+    python -m searchlab.experiments.benchmarks.transfer [--quick] [--check] [--out FILE]
+        [--part order|cells|calls]...
+
+`order`: a predictor of CIFAR-10 labels of NAS-Bench-201 goes to a folder and is read back.
+Kendall's tau on cells whose CIFAR-100 labels nobody has seen: as it is, refitted to 25 of them
+(`warm`), and of a predictor that sees these 25 only. `cells`: true evaluations until one of the 16
+best cells of CIFAR-100 is found, from scratch, with the ten best cells of a search on CIFAR-10 to
+start at, and with the predictor that this search left beside them. `calls`: schedules of 6 model
+calls, then of 8 (problem `mixture`): evaluations to the error that the search from scratch ends
+with.
+
+Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
+below $SEARCHLAB_DATA; its cases are skipped where it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import searchlab as sl
+from searchlab._tau import tau_of
+from searchlab.config import Budget, SearchConfig
+from searchlab.evaluator import SELECTION_REPLICATE
+from searchlab.evaluators.nasbench201 import FILE, SIGNALS
+from searchlab.evaluators.table import TableEvaluator
+from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
+from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
+from searchlab.population import OK
+from searchlab.predictor import Table, table_of
+from searchlab.predictors.reuse import Earlier, Warm
+from searchlab.predictors.stack import Stack
+from searchlab.prior import PriorRequest, with_prior
+from searchlab.runs import run_in_database
+
+__all__ = ["main"]
+
+Floats = NDArray[np.float64]
+PARTS = ("order", "cells", "calls")
+MOST, TOP = 100, 16
+FROM, TO = "6", "8"
+
+
+def evaluator_of(folder: Path, dataset: str) -> TableEvaluator:
+    """The benchmark's cells, measured in full only."""
+    return TableEvaluator(
+        folder / FILE,
+        {"genotype": "digits"},
+        objectives={"accuracy": "max"},
+        fidelities={"200 epochs": (f"{dataset}_acc200", 1.0)},
+        signals=SIGNALS,
+    )
+
+
+def whole_table(evaluator: TableEvaluator) -> tuple[Table, Floats]:
+    """All cells and their losses."""
+    population = evaluator.space.enumerate()
+    rows = evaluator.rows_of(population)
+    table = table_of(
+        evaluator.space,
+        population,
+        signals=evaluator.static_signals(population),
+        of=evaluator.signals,
+    )
+    return table, -evaluator.values()[rows, 0]
+
+
+def order(journal: Journal, folder: Path) -> None:
+    """Tau on CIFAR-100 with 25 labels."""
+    quick = journal.options.quick
+    seeds = range(1 if quick else 5)
+    labels = 100 if quick else 781
+    table, old_losses = whole_table(evaluator_of(folder, "cifar10"))
+    _, losses = whole_table(evaluator_of(folder, "cifar100"))
+    found: dict[str, list[float]] = {"as it is": [], "warm": [], "from scratch": []}
+    for seed in seeds:
+        rows = np.random.default_rng(seed).permutation(len(table))
+        first, second, test = rows[:labels], rows[labels : labels + 25], rows[7813:]
+        old = Stack()
+        old.fit(table.take(first), old_losses[first], seed=seed, pool=table.take(rows[:2000]))
+        with tempfile.TemporaryDirectory() as scratch:
+            old.save(Path(scratch), with_data=True)
+            earlier = Earlier.of_folder(
+                Path(scratch), table.space, adapted=True, background=lambda: table
+            )
+        pool = table.take(rows[:2000])
+        warm, cold = Warm(earlier), Stack()
+        for predictor in (warm, cold):
+            predictor.fit(table.take(second), losses[second], seed=seed, pool=pool)
+        told = table.take(test)
+        for name, scores in (
+            ("as it is", earlier.rank(told)),
+            ("warm", warm.rank(told)),
+            ("from scratch", cold.rank(told)),
+        ):
+            found[name].append(tau_of(scores, losses[test]).tau)
+    means = {name: statistics.fmean(values) for name, values in found.items()}
+    journal.case(
+        f"{labels} labels of CIFAR-10, then 25 of CIFAR-100",
+        {"tau": {name: spread(values) for name, values in found.items()}},
+        seeds=seeds,
+        aims=[
+            Aim("tau, warm", means["warm"], "at least", 0.79, not quick),
+            Aim(
+                "tau beyond scratch", means["warm"] - means["from scratch"], "at least", 0.10,
+                not quick,
+            ),
+            Aim("tau lost by the refit", means["as it is"] - means["warm"], "at most", 0.01),
+        ],
+    )  # fmt: skip
+
+
+# -- cells --------------------------------------------------------------------------------------
+
+
+def until_found(values: Floats, wanted: float, most: int) -> int:
+    """Evaluations until a value is reached; most + 1 = it was not."""
+    hits = np.flatnonzero(values >= wanted)
+    return int(hits[0]) + 1 if len(hits) else most + 1
+
+
+def cells(journal: Journal, folder: Path) -> None:
+    """Evaluations to a top cell of CIFAR-100 after a search on CIFAR-10."""
+    quick = journal.options.quick
+    seeds = range(1 if quick else 5)
+    most = 20 if quick else MOST
+    new = evaluator_of(folder, "cifar100")
+    top = float(np.sort(new.values()[:, 0])[-TOP])
+    ways: dict[str, dict[str, Any]] = {
+        "from scratch": {},
+        "ten best": {"warm_start": True},
+        "ten best and predictor": {"warm_start": True, "predictor": True},
+        "predictor": {"predictor": True},
+    }
+    counts: dict[str, list[int]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    lines = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            old = Path(scratch) / "old"
+            sl.search(
+                new.space,
+                evaluator_of(folder, "cifar10"),
+                budget=most,
+                algorithm="guided",
+                seed=100 + seed,
+                out=old,
+            )
+            for way, more in ways.items():
+                options = {
+                    "warm_start": old if "warm_start" in more else None,
+                    "predictor": old / "predictor" if "predictor" in more else None,
+                }
+                start = time.process_time()
+                result = sl.search(
+                    new.space,
+                    new,
+                    budget=Budget(most, target=top),
+                    algorithm="guided",
+                    seed=seed,
+                    **options,  # type: ignore[arg-type]
+                )
+                seconds[way].append(time.process_time() - start)
+                records = result.records
+                assert records is not None
+                done = records.values[records.state == OK, 0]
+                counts[way].append(until_found(done, top, most))
+                lines += [note for note in result.meta["notes"] if "refit" in note]
+    journal.case(
+        "CIFAR-10 to CIFAR-100, evaluations to one of the 16 best cells",
+        {
+            "evaluations": {way: spread(found) for way, found in counts.items()},
+            "most": most,
+            "cpu_s": {way: spread(found) for way, found in seconds.items()},
+            "lines": lines,
+        },
+        seeds=seeds,
+        aims=[
+            Aim(
+                "median evaluations with the predictor, of those from scratch",
+                statistics.median(counts["ten best and predictor"])
+                / statistics.median(counts["from scratch"]),
+                "at most",
+                1.0,
+                not quick,
+            )
+        ],
+    )
+
+
+# -- schedules ----------------------------------------------------------------------------------
+
+
+def _schedules(nfe: str, seed: int, quick: bool) -> SearchConfig:
+    config = build(
+        SolverScheduleOptions(
+            preset="guided",
+            problem="mixture",
+            nfe=nfe,
+            budget=24 if quick else 120,
+            samples=256 if quick else 1024,
+            held_out=256,
+            seed=seed,
+            data_seed=seed,
+        )
+    )
+    return replace(config, final=None)
+
+
+def _errors(config: SearchConfig, out: Path) -> tuple[Floats, int, list[str]]:
+    """The errors of the search stage in order, model rows of its signals, and the notes."""
+    result = run_in_database(config, name=out.name, out=out, database=str(out / "runs.db"))
+    records = result.records
+    assert records is not None
+    own = (records.stage == len(config.stages) - 1) & (records.state == OK)
+    own &= records.replicate < SELECTION_REPLICATE
+    own &= np.array([not text.startswith("baseline") for text in records.origin])
+    work = getattr(config.stages[-1].evaluator, "signal_work", None)
+    rows = 0 if work is None else int(work.rows)
+    return np.fmin.accumulate(records.values[own, 0]), rows, list(result.meta["notes"])
+
+
+def calls(journal: Journal) -> None:
+    """Schedules of 8 model calls after a search for those of 6."""
+    quick = journal.options.quick
+    seeds = range(1 if quick else 5)
+    found: dict[str, list[int]] = {"from scratch": [], "predictor": []}
+    rows: dict[str, list[int]] = {"from scratch": [], "predictor": []}
+    seconds: dict[str, list[float]] = {"from scratch": [], "predictor": []}
+    ends, lines = [], []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            base = Path(scratch)
+            _errors(_schedules(FROM, seed, quick), base / "old")
+            curves = {}
+            for way in found:
+                request = PriorRequest(base / "old" / "predictor") if way == "predictor" else None
+                start = time.process_time()
+                config = with_prior(_schedules(TO, seed, quick), request)
+                curves[way], count, notes = _errors(config, base / way.replace(" ", "_"))
+                seconds[way].append(time.process_time() - start)
+                rows[way].append(count)
+                lines += [note for note in notes if "refit" in note]
+        wanted = curves["from scratch"][-1]
+        for way, curve in curves.items():
+            found[way].append(until_found(-curve, -wanted, len(curve)))
+        ends.append(float(curves["predictor"][-1] / wanted))
+    ratio = statistics.median(found["predictor"]) / statistics.median(found["from scratch"])
+    journal.case(
+        f"schedules of {FROM} calls to {TO}, evaluations to the same error",
+        {
+            "evaluations": {way: spread(counts) for way, counts in found.items()},
+            "error at the end, of that from scratch": spread(ends),
+            "cpu_s": {way: spread(values) for way, values in seconds.items()},
+            "signal_rows": {way: spread(values) for way, values in rows.items()},
+            "lines": lines,
+        },
+        seeds=seeds,
+        aims=[Aim("median evaluations, of those from scratch", ratio, "at most", 1.0, False)],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; the exit status says whether aims were kept where that was asked."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--part", action="append", choices=PARTS, help="these only")
+
+    options = flags(__doc__, arguments, add=add)
+    journal = Journal("transfer", options)
+    folder = data_folder("nasbench201")
+    for part in options.part or PARTS:
+        journal.part = part
+        if part == "calls":
+            calls(journal)
+        elif folder is None:
+            journal.skip(part, "no nasbench201 below $SEARCHLAB_DATA")
+        elif part == "order":
+            order(journal, folder)
+        else:
+            cells(journal, folder)
+    kept: list[str] = []
+    if options.part and options.out is not None and options.out.is_file():
+        kept = [
+            json.dumps(line)
+            for line in json.loads(options.out.read_text("utf-8"))
+            if line.get("part") not in options.part
+        ]
+    journal.lines = kept + journal.lines
+    return journal.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
