@@ -220,15 +220,15 @@ def _tune(journal: Journal, mean: float, trials: int, actors: int, threads: int)
         seconds = time.perf_counter() - began
     finally:
         ray.shutdown()
-    slept = sum(result.metrics["value"] for result in results if result.metrics)
+    slept = [result.metrics["value"] for result in results if "value" in (result.metrics or {})]
     journal.case(
         "ray tune, uniform times",
         {
             "workers": workers,
-            "trials": len(results),
+            "trials": len(slept),
             "seconds": round(seconds, 2),
-            "share_of_ideal": round(slept / workers / seconds, 4),
-            "evaluations_per_s": round(len(results) / seconds, 2),
+            "share_of_ideal": round(sum(slept) / workers / seconds, 4),
+            "evaluations_per_s": round(len(slept) / seconds, 2),
         },
     )
 
