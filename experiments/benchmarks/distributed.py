@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,11 +403,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _cheap(journal, 1e-3, 1_000 if options.quick else 20_000, 1_800, 20)
     if "driver" in options.part:
         _thousand(journal, *((0.5, 400, 2, 20) if options.quick else (2.0, 10_000, 8, 125)))
-    for part, name, case in (
+    on_nodes: tuple[tuple[str, str, Callable[[], None]], ...] = (
         ("tune", "ray tune, uniform times", lambda: _tune(journal, mean, 2 * workers, *size)),
         ("nodes", "solver schedules on two nodes", lambda: _room(journal, 200)),
         ("kills", "runs with a kill each", lambda: run_kills(journal, 20)),
-    ):
+    )
+    for part, name, case in on_nodes:
         if part in options.part:
             if options.quick:
                 journal.skip(name, "not in the short form")
