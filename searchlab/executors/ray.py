@@ -8,6 +8,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from searchlab import errors
@@ -110,6 +112,10 @@ class RayExecutor:
         return self._counted * self._setting.at_once
 
     # -- before and after ---------------------------------------------------------------------
+
+    def log_to(self, folder: Path) -> None:
+        """Keeps what becomes of each worker in a file of this folder, from the next `start` on."""
+        self._setting = replace(self._setting, logs=folder)
 
     def prepare(self) -> Cluster:
         """Checks what can be checked of the address without joining the cluster.
@@ -312,6 +318,10 @@ class RayExecutor:
         now = time.monotonic() if pool.open else pool.last
         wall = 0.0 if self._began is None else max(0.0, now - self._began)
         return Usage(self.workers, pool.busy_s, wall, pool.deaths, pool.timeouts, pool.repeats)
+
+    def activity(self) -> dict[str, Any]:
+        """What the workers do now, for `show --watch`."""
+        return {} if self._pool is None else self._pool.activity()
 
     def pids(self) -> list[int]:
         """Process numbers of the workers, each on its own node."""

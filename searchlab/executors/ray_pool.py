@@ -10,13 +10,16 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from searchlab.errors import ConfigError
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import packed, unpacked
 from searchlab.executors._supervisor import Broken, Retries
+from searchlab.executors._watch import log_name
 from searchlab.executors.base import Chunk, Done, failed_chunk
 from searchlab.executors.ray_cluster import Cluster, Need
 from searchlab.executors.ray_worker import Answer, actor_class
@@ -34,6 +37,9 @@ _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 PAUSE = 1.0  # seconds before a worker is started again after it failed to, doubled each time
 
 
+_SHOWN = {"pausing": "starts", "placing": "waits for a node", "setting up": "starts"}
+
+
 @dataclass(frozen=True)
 class Setting:
     """How workers are made.
@@ -45,6 +51,7 @@ class Setting:
         deadline: seconds for one attempt at a chunk.
         retries: further attempts per cause.
         environment: Ray's runtime environment.
+        logs: folder for a file per worker; None = nothing is kept.
     """
 
     need: Need
@@ -53,6 +60,7 @@ class Setting:
     deadline: float = math.inf
     retries: Retries = field(default_factory=Retries)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    logs: Path | None = None
 
 
 @dataclass(eq=False)
@@ -211,6 +219,33 @@ class Pool:
             self._kill(member)
         self.members.clear()
 
+    def activity(self) -> dict[str, Any]:
+        """How many chunks wait, and what each worker does."""
+        rows: list[dict[str, Any]] = []
+        for member in [*self.members]:
+            task = next(iter([*member.queue.values()]), None)
+            rows.append(
+                {
+                    "worker": member.name,
+                    "state": _SHOWN.get(member.state, "evaluates" if task else "idle"),
+                    "job": None if task is None else int(task.chunk.jobs.ids[0]),
+                    "since": None if task is None else task.begun,
+                }
+            )
+        return {"queued": len(self._tasks), "workers": rows}
+
+    def _note(self, member: Member, text: str) -> None:
+        """Adds to a worker's log; its prints stay with Ray, on its node."""
+        folder = self.setting.logs
+        if folder is None:
+            return
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            path = folder / log_name(f"worker {member.number}")
+            with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+                file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
     # -- feeding ------------------------------------------------------------------------------
 
     @property
@@ -320,8 +355,10 @@ class Pool:
             text = f"the answer cannot be read: {type(error).__name__}: {error}"
             self._fail(task, member.name, " ".join(text.split()))
             return
-        if raised and self._again(task, "error"):
-            return
+        if raised:
+            self._note(member, f"job {task.chunk.jobs.ids[0]}: {raised}")
+            if self._again(task, "error"):
+                return
         self._deliver(
             Done(
                 task.chunk,
@@ -388,9 +425,13 @@ class Pool:
             self._break(member, Broken(*answer[1:]))
             return
         member.state, member.device, member.failed_starts = "ready", answer[1], 0
+        where = member.where
+        place = f"{where['host']} ({where['ip']}), process {where['pid']}, {member.device}"
+        self._note(member, f"ready on {place}")
 
     def _break(self, member: Member, broken: Broken) -> None:
         """Notes why an actor is of no use, and tries again later."""
+        self._note(member, f"cannot start: {broken.error} {broken.text}\n{broken.traceback}")
         self._kill(member)
         member.life += 1
         member.broken = self._trouble = broken
@@ -459,6 +500,8 @@ class Pool:
 
     def _bury(self, member: Member, cause: str, reason: str) -> None:
         """Replaces a worker and decides about its chunks."""
+        jobs = [int(task.chunk.jobs.ids[0]) for task in member.queue.values()]
+        self._note(member, f"gone ({cause}{': ' if reason else ''}{reason}) with jobs {jobs}")
         self._kill(member)
         now = time.monotonic()
         tasks, member.queue, member.unsent = [*member.queue.values()], {}, []

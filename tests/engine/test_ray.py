@@ -186,10 +186,11 @@ _ROW = chunk(3, 1).jobs.population
 DEADLY = int(_ROW["a"][0]), (1, 2, 3)[int(_ROW["b"][0])]
 
 
-def test_company_of_a_deadly_candidate_is_not_blamed(cluster: str) -> None:
+def test_company_of_a_deadly_candidate_is_not_blamed(cluster: str, tmp_path: Path) -> None:
     good = evaluators()[GOOD]
     assert isinstance(good, FunctionEvaluator)
     executor = RayExecutor(workers=1, address=cluster, at_once=4, retries=1)
+    executor.log_to(tmp_path / "logs")
     assert executor.workers == 4
     executor.start((Threaded(deadly, good.space),))
     try:
@@ -199,6 +200,11 @@ def test_company_of_a_deadly_candidate_is_not_blamed(cluster: str) -> None:
         reasons = {i: (part.evaluations.reason or [""])[0] for i, part in done.items()}
         assert [i for i, reason in reasons.items() if reason] == [3]
         assert "the worker is gone" in reasons[3]
+        log = (tmp_path / "logs" / "worker-0.log").read_text("utf-8")
+        assert log.count("gone (death") == 3  # in company, and twice alone
+        assert log.count("ready on") >= 3
+        states = [row["state"] for row in executor.activity()["workers"]]
+        assert states in (["idle"], ["starts"], ["waits for a node"])
     finally:
         executor.close()
 
