@@ -179,7 +179,7 @@ def plan_of(
     """The faults of one run; equal seeds give equal plans."""
     draw = random.Random(seed)
     # Early enough that the run cannot end before somebody looks.
-    at = sorted(draw.randrange(1, max(2, 2 * evaluations // 3)) for _ in range(faults))
+    at = sorted(draw.randrange(1, max(2, evaluations // 2)) for _ in range(faults))
     return [Fault(draw.choice(kinds), one, draw.random() * 0.02) for one in at]
 
 
