@@ -313,7 +313,7 @@ def _stages(
             "search",
             space,
             evaluator,
-            _algorithm(options, space),
+            algorithm_of(options, space),
             budget,
             seeds=known,
             adopt=AdoptMixes(8) if options.subspace else None,
@@ -342,7 +342,8 @@ def averages(space: CheckpointMixSpace, bank: CheckpointBank) -> Seeds:
     return Seeds(population, tuple(f"baseline:{name}" for name in rows))
 
 
-def _algorithm(options: CheckpointMixOptions, space: CheckpointMixSpace) -> AlgorithmSpec:
+def algorithm_of(options: CheckpointMixOptions, space: CheckpointMixSpace) -> AlgorithmSpec:
+    """What proposes: CMA-ES with small steps from the best average, or the paper's evolution."""
     from searchlab.algorithms.evolution import ParentRule
     from searchlab.config import AlgorithmSpec
     from searchlab.spaces.checkpoint_mix.variation import CoefficientVariation

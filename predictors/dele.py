@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from searchlab.errors import ConfigError
 from searchlab.predictors.base import BasePredictor, State
-from searchlab.predictors.encoders import ENCODERS, Batch, Encoder, batch_of, one_thread
+from searchlab.predictors.encoders import (
+    ENCODERS,
+    Batch,
+    Encoder,
+    batch_of,
+    one_thread,
+    read_together,
+)
 from searchlab.predictors.preprocess import Features, Inputs
 from searchlab.space import Space
 
@@ -41,15 +48,23 @@ class _Experts(nn.Module):
 
     def opinions(self, batch: Batch) -> Tensor:
         """What each expert says, (n, K)."""
-        said = [
-            head(encoder(batch)) for encoder, head in zip(self.encoders, self.heads, strict=True)
-        ]
-        return torch.cat(said, dim=1)
+        return self._joined(read_together(list(self._encoders()), batch))
 
     def forward(self, batch: Batch) -> Tensor:
         """The gate's mean of the opinions, (n,)."""
-        weights = torch.softmax(self.gate(self.gate_encoder(batch)), dim=1)
-        return (weights * self.opinions(batch)).sum(dim=1)
+        read = read_together([*self._encoders(), self.gate_encoder], batch)
+        weights = torch.softmax(self.gate(read[-1]), dim=1)
+        return (weights * self._joined(read[:-1])).sum(dim=1)
+
+    def _encoders(self) -> Iterator[Encoder]:
+        for encoder in self.encoders:
+            assert isinstance(encoder, Encoder)
+            yield encoder
+
+    def _joined(self, read: Tensor) -> Tensor:
+        """The heads' outputs (n, K) of what was read (K, n, width)."""
+        said = [head(part) for head, part in zip(self.heads, read, strict=True)]
+        return torch.cat(said, dim=1)
 
 
 class Dele(BasePredictor):

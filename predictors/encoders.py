@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from searchlab.errors import ConfigError
 from searchlab.predictors.preprocess import Features
 from searchlab.space import Space
 
-__all__ = ["ENCODERS", "Batch", "Encoder", "batch_of", "one_thread"]
+__all__ = ["ENCODERS", "Batch", "Encoder", "batch_of", "one_thread", "read_together"]
 
 ENCODERS = ("lstm", "mlp", "transformer")
 
@@ -113,13 +113,59 @@ class Encoder(nn.Module):
         if self.kind == "mlp":
             flat: Tensor = self.net(batch.x)
             return flat
+        if self.kind == "lstm":
+            return read_together([self], batch)[0]
         offsets, owners = self.get_buffer("offsets"), self.get_buffer("owners")
         tokens = self.codes(batch.codes + offsets)
         tokens = tokens + batch.values[..., None] * self.numbers(owners)
         active = batch.active[..., None].to(tokens.dtype)
-        if self.kind == "lstm":
-            last: Tensor = self.net(tokens * active)[1][0][0]
-            return last
         read = self.net((tokens + self.places.weight) * active) * active
         mean: Tensor = read.sum(dim=1) / active.sum(dim=1).clamp(min=1)
         return mean
+
+
+def read_together(encoders: Sequence[Encoder], batch: Batch) -> Tensor:
+    """What several encoders of one kind and space say, (K, n, width).
+
+    LSTMs are run as one, and only once for candidates that begin alike: a sequence's state follows
+    from its prefix, and a batch of candidates of few choices has few prefixes.
+    """
+    if encoders[0].kind != "lstm":
+        return torch.stack([encoder(batch) for encoder in encoders])
+    nets = [encoder.net for encoder in encoders]
+    offsets, owners = encoders[0].get_buffer("offsets"), encoders[0].get_buffer("owners")
+    numbers_seen, number = torch.unique(batch.values, return_inverse=True)
+    parts = (batch.codes + offsets, owners.expand_as(batch.codes), batch.active.long(), number)
+    sizes = [len(encoders[0].codes.weight), len(encoders[0].numbers.weight), 2, len(numbers_seen)]
+    key = torch.zeros_like(number)
+    for part, size in zip(parts, sizes, strict=True):
+        key = key * size + part
+    kinds, which = torch.unique(key, return_inverse=True)
+    fields: list[Tensor] = []
+    for size in reversed(sizes):
+        fields.insert(0, kinds % size)
+        kinds = kinds // size
+    code, owner, active, number = fields
+    codes = torch.stack([encoder.codes.weight for encoder in encoders])
+    numbers = torch.stack([encoder.numbers.weight for encoder in encoders])
+    tokens = codes[:, code] + numbers_seen[number, None] * numbers[:, owner]
+    tokens = tokens * active[:, None].to(tokens.dtype)
+    inner = _stacked(nets, "weight_hh_l0").transpose(1, 2)
+    bias = _stacked(nets, "bias_ih_l0") + _stacked(nets, "bias_hh_l0")
+    given = tokens @ _stacked(nets, "weight_ih_l0").transpose(1, 2) + bias[:, None]
+    width = encoders[0].width
+    hidden = cell = given.new_zeros((len(encoders), 1, width))
+    place = torch.zeros(len(which), dtype=torch.int64)
+    for column in which.T:
+        prefixes, place = torch.unique(place * len(code) + column, return_inverse=True)
+        before, last = prefixes // len(code), prefixes % len(code)
+        gates = given[:, last] + (hidden @ inner)[:, before]
+        enter, keep, new, show = gates.split(width, dim=2)
+        cell = torch.sigmoid(keep) * cell[:, before] + torch.sigmoid(enter) * torch.tanh(new)
+        hidden = torch.sigmoid(show) * torch.tanh(cell)
+    read: Tensor = hidden[:, place]
+    return read
+
+
+def _stacked(nets: Sequence[nn.Module], name: str) -> Tensor:
+    return torch.stack([net.get_parameter(name) for net in nets])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.errors import ConfigError
 from searchlab.predictor import Table
 from searchlab.predictors.base import LEAST, BasePredictor, State, part_of
 from searchlab.predictors.forest import Forest
@@ -18,7 +19,6 @@ __all__ = ["MultiFidelity"]
 Floats = NDArray[np.float64]
 
 ROWS = 1000  # candidates that a cheap fidelity's surrogate learns from at most
-TREES = 60
 POWER = 3
 BELIEF = 0.3  # tau of the truth's own surrogate while nothing is left out
 
@@ -34,13 +34,22 @@ class MultiFidelity(BasePredictor):
     Source: MFES-HB, arXiv 2012.03011. Where we differ: the share of pairs in order is replaced by
     tau, so that what orders by chance counts nothing; a signal that orders backwards is turned
     round; and the scale of predictions and intervals is that of labels that were left out.
+
+    Args:
+        trees: of each forest.
+
+    Raises:
+        ConfigError: fewer than two trees.
     """
 
     name: ClassVar[str] = "mfes"
     folds_cheaply: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, trees: int = 60) -> None:
         super().__init__()
+        if trees < 2:
+            raise ConfigError(f"trees {trees}; allowed: 2 or more")
+        self.trees = trees
         self.surrogates: list[Forest] = []  # of the signals, and of the losses
         self.weights: Floats = np.empty(0)  # negative = turned round
         self._slope, self._scale = 1.0, 1.0
@@ -67,7 +76,7 @@ class MultiFidelity(BasePredictor):
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         self.surrogates = []
         for shown, scores in [*self._cheap, (features, targets)]:
-            forest = Forest(trees=TREES)
+            forest = Forest(trees=self.trees)
             forest._learn(shown, scores, seed)
             self.surrogates.append(forest)
         self._cheap = []
@@ -111,6 +120,7 @@ class MultiFidelity(BasePredictor):
     def _state(self) -> State:
         config: dict[str, Any] = {
             "surrogates": len(self.surrogates),
+            "trees": self.trees,
             "weights": self.weights.tolist(),
             "slope": self._slope,
             "scale": self._scale,
@@ -124,9 +134,10 @@ class MultiFidelity(BasePredictor):
     def _restore(self, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         self.weights = np.array(config["weights"], dtype=np.float64)
         self._slope, self._scale = float(config["slope"]), float(config["scale"])
+        self.trees = int(config["trees"])
         self.surrogates = []
         for at in range(int(config["surrogates"])):
-            forest = Forest(trees=TREES)
+            forest = Forest(trees=self.trees)
             forest._restore(config[f"forest{at}"], part_of(arrays, f"forest{at}"))
             self.surrogates.append(forest)
 

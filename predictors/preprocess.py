@@ -97,6 +97,7 @@ class Features:
             of every label.
         elements: of a candidate.
         tokens: one for each element, for those that read sequences; None = not kept.
+        there: bool (n, k), which scores are not filled in; None = not kept.
     """
 
     x: Floats
@@ -105,6 +106,7 @@ class Features:
     means: Floats
     elements: float
     tokens: Tokens | None = None
+    there: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -129,7 +131,8 @@ class Features:
         parts = (self.x, self.scores, self.missing, self.means)
         x, scores, missing, means = (part[rows] for part in parts)
         tokens = None if self.tokens is None else Tokens(*(part[rows] for part in self.tokens))
-        return Features(x, scores, missing, means, self.elements, tokens)
+        there = None if self.there is None else self.there[rows]
+        return Features(x, scores, missing, means, self.elements, tokens, there)
 
 
 class Inputs:
@@ -211,6 +214,7 @@ class Inputs:
             _means(self.space, table.x),
             float(self.space.size),
             table.tokens,
+            ~missing,
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

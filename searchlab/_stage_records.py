@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,21 @@ class Group:
     def __post_init__(self) -> None:
         origin = self.jobs.origin or ("",) * len(self.jobs)
         self.baseline = np.array([text.startswith("baseline") for text in origin], dtype=bool)
+
+    def answered_below(self, bound: int) -> bool:
+        """Whether all jobs with smaller ids are answered."""
+        done = self.done if self.end_id <= bound else self.done[self.jobs.ids < bound]
+        return self.first_id >= bound or bool(done.all())
+
+    def block(self, start: int, size: int, is_repeat: Callable[[bytes, int], bool]) -> list[int]:
+        """All rows of a chunk whose values depend on their neighbours.
+
+        Rows that are recorded already, or that the budget leaves out, stand in it as neighbours
+        only: the values of the others must not depend on what was known or affordable.
+        """
+        rows = range(start, min(start + size, len(self.jobs)))
+        keys, ids = self.jobs.keys, self.jobs.ids.tolist()
+        return [row for row in rows if not is_repeat(keys[row], ids[row])]
 
     @property
     def price(self) -> float:

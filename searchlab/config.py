@@ -69,6 +69,7 @@ EXECUTORS: dict[str, str] = {
 }
 PREDICTORS: dict[str, str] = {
     "dele": "searchlab.predictors.dele:Dele",
+    "dynamic": "searchlab.predictors.dynamic:Dynamic",
     "gbdt": "searchlab.predictors.boosted:Boosted",
     "gp": "searchlab.predictors.gp:GaussianProcess",
     "local": "searchlab.predictors.local:Local",

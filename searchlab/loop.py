@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._stage_asked import AskedAt
 from searchlab._stage_best import BestSoFar
 from searchlab._stage_claims import Claims
 from searchlab._stage_levels import LevelRule
@@ -94,6 +95,7 @@ class StageRun:
     def __post_init__(self) -> None:
         self._q = self.algorithm.quantum
         self._groups: deque[Group] = deque()
+        self._answered = 0  # how many of them, from the first on, have no open job
         self._partial: Group | None = None  # the newest group while the budget holds it back
         self._by_id: dict[int, tuple[Group, int]] = {}
         # Where repeats are jobs of their own: keys of open jobs with the ids that wait for them,
@@ -112,7 +114,7 @@ class StageRun:
         self.started = time.monotonic()
         self.proposing_s = 0.0  # seconds of this process that tells and asks took
         self._limits = Limits(self.stage)
-        self._planned: dict[int, int] = {}  # when free: what open groups were told
+        self._asked_at = AskedAt(self.store, self.index, self._q)
         self.hits = self.finished = self.failed = 0
         self.paid: float = 0  # in evaluations at the stage's fidelity; then, those in flight
         self._open_paid: float = 0
@@ -159,8 +161,7 @@ class StageRun:
             for at in np.flatnonzero(~np.isin(known.state, (OK, PRUNED)) & ~known.cached).tolist():
                 self._broken[known.jobs.keys[at]] = int(known.state[at]), known.reason[at]
         if self.free:
-            asked = self.store.get_meta(self._asked_name) or {}
-            self._planned = {int(start): told for start, told in asked.items()}
+            self._asked_at.load()
         if self.recompute:
             self.mismatches += wrong_keys(known, self.stage.space)
         return known
@@ -174,7 +175,7 @@ class StageRun:
                 continue
             start, q = self.next_id, self._q
             need = self._told_for(start, known)
-            if not self._answered_below(need):
+            if not ((first := self._first_open()) is None or first.answered_below(need)):
                 return
             if not self.recompute and start < (end := known.complete_until(q, start)):
                 self._take_known(known, end)
@@ -186,7 +187,7 @@ class StageRun:
             asked = time.perf_counter()
             self._tell_below(need)
             if self.free and not self.recompute:
-                self._planned[start] = need - self.first_id
+                self._asked_at.note(start, need - self.first_id)
             jobs = self._levels.set(
                 self.algorithm.ask(start, q),
                 stage=self.index,
@@ -218,7 +219,8 @@ class StageRun:
         self.stop_reason = self._limits.reached(self.best.values())
         if self.stop_reason:
             return False
-        if self._left() > ROUNDING or self._baselines_in(self.next_id, q):
+        at = self.next_id - self.first_id
+        if self._left() > ROUNDING or self.algorithm.seeds.baselines(at, q):
             return True
         if not self._open:
             self.stop_reason = "budget"
@@ -239,11 +241,6 @@ class StageRun:
     def _affordable(self, group: Group) -> float:
         """How many more jobs of a group the budget has room for."""
         return max(0.0, self._left() + ROUNDING) / group.price
-
-    def _baselines_in(self, first_id: int, n: int) -> int:
-        start = first_id - self.first_id
-        origins = self.algorithm.seeds.origin[start : start + n]
-        return sum(origin.startswith("baseline") for origin in origins)
 
     # -- groups -----------------------------------------------------------------------------
 
@@ -402,20 +399,10 @@ class StageRun:
             if not block:
                 continue
             if not self._exact:
-                block = self._whole_block(group, start)
+                block = group.block(start, self.chunk, self._is_repeat)
             rows = 0 if self._exact else self.chunk
             jobs = group.jobs if len(block) == len(group.jobs) else group.jobs.take(block)
             self.executor.submit(Chunk(jobs, self.evaluator_index, rows))
-
-    def _whole_block(self, group: Group, start: int) -> list[int]:
-        """All rows of a chunk whose values depend on their neighbours.
-
-        Rows that are recorded already, or that the budget leaves out, stand in it as neighbours
-        only: the values of the others must not depend on what was known or affordable.
-        """
-        rows = range(start, min(start + self.chunk, len(group.jobs)))
-        keys, ids = group.jobs.keys, group.jobs.ids.tolist()
-        return [row for row in rows if not self._is_repeat(keys[row], ids[row])]
 
     def _is_repeat(self, key: bytes, i: int) -> bool:
         """Whether this stage has an earlier job of the same candidate."""
@@ -430,7 +417,8 @@ class StageRun:
         for done in finished:
             self._finish(done)
         if self.free:
-            self._note_planned()
+            first = self._first_open()
+            self._asked_at.keep(self.next_id if first is None else first.first_id)
         self.store.commit()
         if self.callbacks:
             progress = progress_of(self, finished)
@@ -540,18 +528,17 @@ class StageRun:
         self.hits += cached
         if not cached:
             self._limits.spend_seconds(cost_s)
-        if not group.baseline[row]:
-            if not cached:
-                self.paid += 0 if state == INFEASIBLE else price
-            elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
-                self.repeated += 1
-            else:
-                self._free_hits += price
-        counts = levels is None or bool(levels.counts[row])
-        if counts and state == OK and group.violation[row] == 0:
+        if group.baseline[row]:
+            pass
+        elif not cached:
+            self.paid += 0 if state == INFEASIBLE else price
+        elif self._is_repeat(jobs.keys[row], int(jobs.ids[row])):
+            self.repeated += 1
+        else:
+            self._free_hits += price
+        if (levels is None or levels.counts[row]) and state == OK and group.violation[row] == 0:
             here = slice(row, row + 1)
-            population = jobs.population if len(jobs) == 1 else jobs.population.take(here)
-            self.best_so_far.add(jobs.ids[here], population, group.losses[here])
+            self.best_so_far.add(jobs.ids[here], jobs.population.take(here), group.losses[here])
 
     # -- the lag rule -----------------------------------------------------------------------
 
@@ -560,37 +547,20 @@ class StageRun:
         if not self.free:
             return start + self._q - self.lag
         told = known.told_at_ask(start, start + self._q)
-        told = self._planned.get(start) if told is None else told
+        told = self._asked_at.get(start) if told is None else told
         if told is not None:
             return self.first_id + told
-        done = self.next_id
-        for group in self._groups:
-            if not group.done.all():
-                done = int(group.jobs.ids[np.argmin(group.done)])
-                break
+        first = self._first_open()
+        done = self.next_id if first is None else int(first.jobs.ids[np.argmin(first.done)])
         bound = self.algorithm.max_lag
         return done if bound is None else max(done, start + self._q - max(bound, self._q))
 
-    @property
-    def _asked_name(self) -> str:
-        return f"asked:{self.index}"
-
-    def _note_planned(self) -> None:
-        """Keeps what open groups were told, so that a killed run asks for them in the same way."""
-        end = next((g.first_id for g in self._groups if not g.done.all()), self.next_id)
-        self._planned = {start: told for start, told in self._planned.items() if start >= end}
-        self.store.set_meta(self._asked_name, self._planned)
-
-    def _answered_below(self, bound: int) -> bool:
-        for group in self._groups:
-            if group.first_id >= bound:
-                return True
-            done = group.done
-            if group.end_id > bound:
-                done = done[group.jobs.ids < bound]
-            if not done.all():
-                return False
-        return True
+    def _first_open(self) -> Group | None:
+        """The oldest group that is not wholly answered."""
+        groups, n = self._groups, len(self._groups)
+        while self._answered < n and groups[self._answered].done.all():
+            self._answered += 1
+        return groups[self._answered] if self._answered < n else None
 
     def _tell_below(self, bound: int) -> None:
         while self._groups and self._groups[0].first_id < bound:
@@ -603,6 +573,7 @@ class StageRun:
             if group.end_id > bound:
                 return
             self._groups.popleft()
+            self._answered = max(0, self._answered - 1)
 
     def _take_known(self, known: Known, end: int) -> None:
         """Enters whole groups that records answer, without asking for them again."""

@@ -340,12 +340,10 @@ class Space:
         for key, variable in self.variables.items():
             if self.conditional:
                 active[key] = self.activity(key, columns, active, len(population))
-            columns[key] = variable.repair(
-                np.asarray(columns[key]), active[key] if variable.when else None
-            )
-        if any(column is not population[key] for key, column in columns.items()):
-            population = Population(columns)
-        return self.canonicalise(population)
+            where = active[key] if variable.when else None
+            columns[key] = variable.repair(np.asarray(columns[key]), where)
+        same = all(column is population[key] for key, column in columns.items())
+        return self.canonicalise(population if same else Population(columns))
 
     def _revive(self, before: Population, after: Population, u: Array) -> Population:
         """Draws the elements that a change made active, and canonicalises."""

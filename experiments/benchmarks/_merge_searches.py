@@ -15,7 +15,7 @@ from searchlab.evaluators.merged_model import MergedModelEvaluator
 from searchlab.experiments.benchmarks._common import Aim, Journal
 from searchlab.experiments.checkpoint_mix import (
     CheckpointMixOptions,
-    _algorithm,
+    algorithm_of,
     averages,
     build,
 )
@@ -75,7 +75,7 @@ def _ring_of(folder: Path, seed: int, budget: int, quick: bool) -> dict[str, Any
         paid = int(0.4 * budget) if options.guided else budget
         known = averages(space, bank)
         stage = Stage(
-            "search", space, evaluator, _algorithm(options, space), Budget(paid), seeds=known
+            "search", space, evaluator, algorithm_of(options, space), Budget(paid), seeds=known
         )
         began = time.process_time()
         result = run(SearchConfig((replace(stage, chunk=8),), seed=seed))

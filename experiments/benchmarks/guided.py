@@ -306,7 +306,9 @@ class Poisoned:
 
     def static_signals(self, population: Population) -> Floats:
         words = np.frombuffer(b"".join(self.space.keys(population)), dtype=np.uint64)
-        number = words.reshape(len(population), 2)[:, :1] + np.arange(1, 11, dtype=np.uint64)
+        number: NDArray[Any] = words.reshape(len(population), 2)[:, :1] + np.arange(
+            1, 11, dtype=np.uint64
+        )
         mixed: NDArray[Any] = (number ^ (number >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         out: Floats = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53

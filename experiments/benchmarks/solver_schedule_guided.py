@@ -103,8 +103,9 @@ QUICK = (Case("mixture", 5, 160, (0,), 1024, 512, limit=1.25),)
 def measure(case: Case, seed: int) -> dict[Who, dict[str, Any]]:
     """Both runs of one seed, as JSON."""
     found: dict[Who, dict[str, Any]] = {}
+    order: tuple[Who, ...] = ("guided", "plain")
     with runs.database(None) as base:
-        for who in ("guided", "plain"):
+        for who in order:
             found[who] = _one(base, case, who, seed)
     return found
 
@@ -199,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             both = _kept(options.folder, case, seed, go=not late)
             if both is None:
                 print(f"stopped before {case.name}, seed {seed}", file=sys.stderr)
+                journal.close()  # the cases that are complete
                 return 3
             for who, into in found.items():
                 into.append(both[who])

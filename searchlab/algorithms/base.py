@@ -38,6 +38,10 @@ class Seeds:
                 f"{len(self.origin)} origins for {len(self.population)} seeds; allowed: one each"
             )
 
+    def baselines(self, start: int, n: int) -> int:
+        """How many of n seeds from a place on are baselines."""
+        return sum(origin.startswith("baseline") for origin in self.origin[start : start + n])
+
     def joined(self, more: Seeds) -> Seeds:
         """These seeds and then the others."""
         rows = Population.concat([self.population, more.population])

@@ -217,11 +217,15 @@ class RayExecutor:
                 later = min(later, now + LATER)
                 if now >= later:
                     return
-            elif now >= until and self._missing == "stop":
-                raise ConfigError(
+            elif now >= until:
+                text = (
                     f"no worker found room within {PATIENCE:g} s; it needs {self._setting.need}, "
-                    f"free are {pool.cluster.free()}; allowed: less, or missing='wait'"
+                    f"free are {pool.cluster.free()}"
                 )
+                if self._missing == "stop":
+                    raise ConfigError(f"{text}; allowed: less, or missing='wait'")
+                warnings.warn(f"waiting: {text}", SearchlabWarning, stacklevel=2)
+                until = math.inf
 
     def close(self) -> None:
         """Ends the workers at once; open chunks are dropped."""

@@ -118,8 +118,12 @@ class Cluster:
                 f"address {self.address!r}; this process is connected to the cluster at {shown} "
                 "already, and no other is allowed until ray.shutdown()"
             )
-        if self.address == "auto":
-            check_token(self._head[0])
+        check_token(self._head[0])
+        if not is_loopback(self._head[0]) and os.environ.get(_MODE, "").lower() != "token":
+            raise ConfigError(
+                f"this process joined the Ray cluster at {self._head[0]} without a token; allowed: "
+                f"{_MODE}=token before Ray is loaded"
+            )
 
     def _connect(self, ray: Any) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -128,6 +132,11 @@ class Cluster:
         try:
             ray.init(address=self.address or "local", **quiet)
         except ConnectionError as error:
+            if "AuthToken" in str(error.__cause__):
+                raise ConfigError(
+                    f"the cluster at {self.address!r} does not take the token of this process; "
+                    f"allowed: that of its nodes in {_TOKEN}, {_TOKEN_FILE} or ~/.ray/auth_token"
+                ) from error
             raise ConfigError(
                 f"no Ray cluster can be joined at {self.address!r} ({_line(error)}); allowed: "
                 "HOST:PORT as `ray start --head` prints it, auto, or none for this machine"

@@ -71,14 +71,14 @@ def label(kind: list[int], x: float, n: int) -> str:
 
 
 def slow(kind: list[int], x: float, n: int) -> float:
-    """Takes 2 to 12 ms, by the candidate; notes when it began; one candidate of twenty raises."""
+    """Takes 5 to 25 ms, by the candidate; notes when it began; one candidate of twenty raises."""
     if LOG in os.environ:
         line = f"{time.time()!r} {label(kind, x, n)}\n"
         handle = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(handle, line.encode())
         os.close(handle)
     value = float(sum(k * (i + 1) for i, k in enumerate(kind))) + (x - 0.3) ** 2 + abs(n - 4)
-    time.sleep(0.002 + value * 7919 % 1 * 0.01)
+    time.sleep(0.005 + value * 7919 % 1 * 0.02)
     if value * 104729 % 1 < 0.05:
         raise ValueError("one of twenty fails")
     return value
@@ -178,7 +178,8 @@ def plan_of(
 ) -> list[Fault]:
     """The faults of one run; equal seeds give equal plans."""
     draw = random.Random(seed)
-    at = sorted(draw.randrange(1, max(2, evaluations - 4)) for _ in range(faults))
+    # Early enough that the run cannot end before somebody looks.
+    at = sorted(draw.randrange(1, max(2, 2 * evaluations // 3)) for _ in range(faults))
     return [Fault(draw.choice(kinds), one, draw.random() * 0.02) for one in at]
 
 

@@ -49,10 +49,16 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    """The address of a cluster that all tests share."""
-    with ray_nodes.head("--num-gpus", "2", cpus=12) as (address, _):
-        yield address
+def started_head() -> Iterator[tuple[str, ray_nodes.Node]]:
+    """A cluster that all tests share."""
+    with ray_nodes.head("--num-gpus", "2", cpus=12) as both:
+        yield both
+
+
+@pytest.fixture(scope="session")
+def cluster(started_head: tuple[str, ray_nodes.Node]) -> str:
+    """Its address."""
+    return started_head[0]
 
 
 @pytest.fixture(scope="module")
@@ -452,3 +458,20 @@ def test_one_type_of_device_for_what_is_measured_on_it(shared: RayExecutor) -> N
             shared._note_devices(pool)
     finally:
         shared._evaluators, pool.members[1].device = kept, "cpu"
+
+
+def test_no_worker_outlives_its_executor(
+    shared: RayExecutor, started_head: tuple[str, ray_nodes.Node]
+) -> None:
+    _, node = started_head
+    executor = RayExecutor(workers=2, address=started_head[0])
+    executor.start(evaluators())
+    mine, others = executor.pids(), shared.pids()
+    executor.submit(chunk(0, 1))
+    executor.close()
+    found = node.pids("ray::SearchlabWorker")
+    assert process_tools.until(lambda: set(node.pids("ray::SearchlabWorker")) == set(others), 20), (
+        found,
+        mine,
+        others,
+    )

@@ -27,7 +27,7 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import LocalExecutor, ProcessExecutor, Retries
 from searchlab.records import Records
-from searchlab.search import run, search
+from searchlab.search import run
 from searchlab.study import Database, MemoryRun
 from searchlab.testing.faults import (
     Unreliable,
@@ -73,7 +73,7 @@ def test_plans_follow_from_their_seed() -> None:
     plans = [plan_of(seed, 100, faults=2) for seed in range(200)]
     assert plans == [plan_of(seed, 100, faults=2) for seed in range(200)]
     assert {fault.kind for plan in plans for fault in plan} == {"driver", "worker"}
-    assert all(1 <= fault.at < 96 for plan in plans for fault in plan)
+    assert all(1 <= fault.at < 66 for plan in plans for fault in plan)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -126,7 +126,9 @@ def handles() -> int:
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """What Python and torch leave there; other programs have their own."""
+    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return {name for name in names if name.startswith(("psm_", "torch_", "sem.mp-", "searchlab"))}
 
 
 @pytest.mark.slow
@@ -301,13 +303,14 @@ def _readable(path: Path) -> int:
 # -- logs ---------------------------------------------------------------------------------------
 
 
-def test_what_workers_print_is_in_the_run_folder(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    result = search(number_space(), fault_tools.chatty, budget=30, workers=2, out=out, seed=3)
-    assert result.counts["failed"] > 0
-    logs = sorted(path.name for path in (out / "logs").iterdir())
+def test_what_workers_print_is_kept(tmp_path: Path) -> None:
+    executor = ProcessExecutor(workers=2)
+    executor.log_to(tmp_path / "logs")
+    records = records_of(memory_config(fault_tools.chatty, 30), executor)
+    assert (records.state == 1).any()
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert logs == ["worker-0.log", "worker-1.log"]
-    text = "".join((out / "logs" / name).read_text() for name in logs)
+    text = "".join((tmp_path / "logs" / name).read_text() for name in logs)
     assert text.count("a new process") == 2
     assert text.count("candidate ") >= 30
     assert "ValueError: no value for" in text

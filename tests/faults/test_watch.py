@@ -19,6 +19,8 @@ from fault_tools import environment
 from searchlab._plain import plain
 from searchlab.cli import main
 from searchlab.errors import ConfigError
+from searchlab.study import Database
+from searchlab.testing.study import make_jobs, write
 from searchlab.utilisation import lag_for, share_at
 
 SCRIPT = """
@@ -111,17 +113,16 @@ def test_a_terminal_is_not_steered_by_what_is_stored() -> None:
     assert plain("a\x1b[2Jb\nc\x07") == "a\ufffd[2Jb\nc\ufffd"
 
 
-def test_a_bad_interval_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fault_tools import number_space
-
-    from searchlab.search import search
-
-    search(number_space(), abs_a, budget=3, out=tmp_path / "r")
-    assert main(["show", str(tmp_path / "r"), "--watch", "--interval", "0"]) == 2
+def test_a_run_that_has_ended_is_shown_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "study.db")
+    with Database(path) as base:
+        store = base.open_run("r", config={}, space="s", seed=0, out=str(tmp_path / "runs" / "r"))
+        write(store, make_jobs(range(3)))
+        store.close("finished")
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "r", "--database", path, "--watch", "--interval", "0"]) == 2
     assert "--interval 0" in capsys.readouterr().err
-    assert main(["show", str(tmp_path / "r"), "--watch"]) == 0
-    assert "finished; 3 records" in capsys.readouterr().out
-
-
-def abs_a(a: int) -> float:
-    return float(a)
+    assert main(["show", "r", "--database", path, "--watch"]) == 0
+    assert capsys.readouterr().out == "r: finished; 3 records\n\n"

@@ -8,9 +8,9 @@ import torch
 
 from searchlab.errors import ConfigError
 from searchlab.predictors.dele import Dele, _hinge
-from searchlab.predictors.encoders import Encoder, batch_of
+from searchlab.predictors.encoders import Encoder, batch_of, read_together
 from searchlab.predictors.preprocess import Inputs
-from searchlab.testing.predictor import PredictorSuite, labelled, plain_space, tau
+from searchlab.testing.predictor import SPACES, PredictorSuite, labelled, plain_space, tau
 
 
 class TestDele(PredictorSuite):
@@ -66,3 +66,17 @@ def test_options_that_make_no_network_are_refused() -> None:
     for wrong in ({"encoder": "gru"}, {"epochs": 0}, {"rate": 0.0}):
         with pytest.raises(ConfigError, match="allowed"):
             Dele(**wrong)
+
+
+@pytest.mark.parametrize("name", sorted(SPACES))
+def test_lstms_that_are_run_together_read_as_torch_does(name: str) -> None:
+    space = SPACES[name]()
+    table, _ = labelled(space, 20)
+    batch = batch_of(Inputs(table)(table))
+    encoders = [Encoder(space, kind="lstm", width=8) for _ in range(3)]
+    for encoder, read in zip(encoders, read_together(encoders, batch), strict=True):
+        places = batch.codes + encoder.get_buffer("offsets")
+        numbers = encoder.numbers(encoder.get_buffer("owners"))
+        tokens = encoder.codes(places) + batch.values[..., None] * numbers
+        last = encoder.net(tokens * batch.active[..., None].float())[1][0][0]
+        assert torch.allclose(read, last, atol=1e-6)

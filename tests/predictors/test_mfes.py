@@ -17,7 +17,7 @@ class TestMultiFidelity(PredictorSuite):
 
     @pytest.fixture
     def build(self):
-        return MultiFidelity
+        return lambda: MultiFidelity(trees=20)
 
 
 def test_a_good_fidelity_on_the_pool_helps_candidates_without_signals() -> None:
