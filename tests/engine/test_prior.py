@@ -192,7 +192,8 @@ def test_bad_folders_are_named_before_any_evaluation(
 
     def damaged(target: Path) -> None:
         path = target / "weights.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+        blob = path.read_bytes()
+        path.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
 
     def task(target: Path) -> None:
         path = target / "predictor.json"
