@@ -25,7 +25,7 @@ _CLUSTER = {  # flag -> option of executor ray
     "cpus_per_worker": "cpus",
     "resources": "resources",
     "at_once": "at_once",
-    "missing": "missing",
+    "no_room": "missing",
 }
 
 
@@ -59,7 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         help="that evaluations have to finish after Ctrl-C, SIGTERM or SIGUSR1 "
         f"({GRACE_S:g}); a second signal stops at once",
     )
-    _add_cluster_flags(parser.add_argument_group("workers of executor ray"))
+    _add_cluster_flags(parser.add_argument_group("workers of executor ray"), taken)
     opened = "fixed when the run is opened"
     if "lag" not in taken:
         text = f"evaluations open at once, or free; {opened} (2 per worker)"
@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
         group.add_argument("--chunk", type=int, metavar="N", help=text)
 
 
-def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
+def _add_cluster_flags(group: argparse._ArgumentGroup, taken: Collection[str]) -> None:
     group.add_argument(
         "--ray-address",
         metavar="HOST:PORT",
@@ -90,8 +90,11 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="calls per worker, where the evaluator allows threads (1)",
     )
+    if "missing" in taken:  # a recipe's own
+        return
     group.add_argument(
         "--missing",
+        dest="no_room",
         choices=("stop", "wait"),
         help="what to do while no node has room for a worker (stop)",
     )
@@ -122,7 +125,7 @@ def executor_options(given: argparse.Namespace) -> ExecutorOptions:
     """Which executor the options ask for; a wrong combination is an error at once."""
     from searchlab.executors import ExecutorOptions, RayExecutor
 
-    more = {option: getattr(given, flag) for flag, option in _CLUSTER.items()}
+    more = {option: getattr(given, flag, None) for flag, option in _CLUSTER.items()}
     options = ExecutorOptions(
         given.executor, given.workers, given.deadline, given.retries, given.memory_per_worker, more
     )

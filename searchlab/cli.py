@@ -188,6 +188,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = load_recipe(options.recipe)
     parser = _recipe_parser(recipe)
     given = parser.parse_args([*(["--help"] if options.help else []), *rest])
+    if recipe.opens_only:
+        earlier.refuse(given, recipe.name)
     values: dict[str, Any] = read_config_file(given.config) if given.config else {}
     for pair in given.set:
         key, mark, value = pair.partition("=")
@@ -206,8 +208,6 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
     check_folder(out)
     database = given.database or DEFAULT_DATABASE
-    if recipe.opens_only:
-        earlier.refuse(given, recipe.name)
     if recipe.opens_only and not given.dry_run:
         return command_external.open_only(recipe, chosen, name, out, database)
     taken = [name for name, *_ in flags_of(recipe)]

@@ -52,6 +52,7 @@ BEGUN = "prior"  # folder of the one that it began with
 KNOTS = 65  # of a signal's distribution
 FALLBACK = ("ridge", "rf", "gbdt")  # members of a stack that are not their data
 _META = "prior"
+_GUARD = ("guard", "held_out", "online")  # of what an algorithm reports
 _SHOWN = 3  # settings that differ, in the line
 
 
@@ -248,7 +249,7 @@ def _schema(stage: Stage, final: Final) -> tuple[SignalSchema, ...]:
     for at, name in enumerate(final.table.signal_names):
         column = columns[:, at]
         column = column[np.isfinite(column)]
-        knots = np.quantile(column, np.linspace(0, 1, KNOTS)) if len(column) else []
+        knots = np.quantile(column, np.linspace(0, 1, KNOTS)) if len(column) else column
         signal = declared.get(name)
         out.append(
             SignalSchema(
@@ -276,7 +277,7 @@ def leave_all(legs: Sequence[StageRun], folder: Path, *, with_data: bool) -> lis
         if final is None:
             continue
         state = leg.algorithm.report()
-        guard = {key: state[key] for key in ("guard", "held_out", "online") if key in state}
+        guard = {key: part for key, part in state.items() if key in _GUARD}
         try:
             lines.append(
                 leave_predictor(

@@ -100,8 +100,9 @@ class Learner:
 
     def _begun(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which ids before the first fit an earlier predictor chose the candidates of."""
-        theirs: NDArray[np.bool_] = (ids % 2 == 0) | (not self._halves)
-        return theirs if self._prior is not None else np.zeros(len(ids), dtype=bool)
+        if self._prior is None:
+            return np.zeros(len(ids), dtype=bool)
+        return np.asarray((ids % 2 == 0) | (not self._halves), dtype=bool)
 
     def final(self) -> Final | None:
         """A fit to all labels, and what it says of those left out; None = there are none."""

@@ -89,17 +89,10 @@ def test_it_is_shown_and_measured(folder: Path, capsys: pytest.CaptureFixture[st
 def test_the_same_task_begins_with_it(
     folder: Path, capsys: pytest.CaptureFixture[str], refit: str
 ) -> None:
-    arguments = [*FIRST[:-1], "20", "--predictor", "runs/one/predictor", "--refit", refit]
+    arguments = [*FIRST[:-1], "14", "--predictor", "runs/one/predictor", "--refit", refit]
     text = out_of(capsys, [*arguments, "--name", "two", "--seed", "2"])
     assert f"same space, same task: direct, refit {refit}; tau" in text
-    assert "verified" in out_of(capsys, ["verify", "two"])
-    shutil.rmtree(folder / "runs/one")  # the run has a copy of its own
-    assert "guided" in out_of(capsys, ["show", "two"])
-    out_of(capsys, ["resume", "two", "--budget", "26"])
-    assert "verified" in out_of(capsys, ["verify", "two"])
     assert (folder / "runs/two/predictor/predictor.json").is_file()
-    result = json.loads((folder / "runs/two/result.json").read_text())
-    assert "seed" in json.dumps(result)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -108,10 +101,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     from searchlab.study import Database
 
     begun = ["--predictor", "runs/one/predictor", "--seed", "3"]
-    out_of(capsys, [*FIRST[:-1], "16", *begun, "--name", "part"])
-    out_of(capsys, ["resume", "part", "--budget", "28"])
+    out_of(capsys, [*FIRST[:-1], "16", *begun, "--name", "part", "--database", "part.db"])
     out_of(capsys, [*FIRST[:-1], "28", *begun, "--name", "whole", "--database", "other.db"])
-    with Database("runs/searchlab.db") as one, Database("other.db") as other:
+    shutil.rmtree(folder / "runs/one")  # the run has a copy of its own
+    out_of(capsys, ["resume", "part", "--budget", "28"])
+    assert "verified" in out_of(capsys, ["verify", "part"])
+    with Database("part.db") as one, Database("other.db") as other:
         part, whole = one.read("part").records(), other.read("whole").records()
     assert part.trace() == whole.trace()
 
@@ -197,7 +192,8 @@ def test_bad_folders_are_named_before_any_evaluation(
 
     def damaged(target: Path) -> None:
         path = target / "weights.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+        blob = path.read_bytes()
+        path.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
 
     def task(target: Path) -> None:
         path = target / "predictor.json"
