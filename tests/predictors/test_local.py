@@ -15,6 +15,8 @@ from searchlab.variables import Choice, Real
 
 
 class TestLocal(PredictorSuite):
+    with_data = True
+
     @pytest.fixture
     def build(self):
         return Local
