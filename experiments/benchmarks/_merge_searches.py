@@ -157,7 +157,7 @@ def _digits(
 def _digits_of(seed: int, settings: dict[str, Any], quick: bool) -> dict[str, Any]:
     from searchlab.search import run
 
-    sizes = {"samples": 200, "held_out": 500, "report_banks": 2} if quick else {}
+    sizes: dict[str, Any] = {"samples": 200, "held_out": 500, "report_banks": 2} if quick else {}
     options = CheckpointMixOptions(seed=seed, **settings, **sizes)
     began = time.process_time()
     result = run(build(options))

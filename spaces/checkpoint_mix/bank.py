@@ -388,7 +388,7 @@ class CheckpointBank:
         """(number, tile (K, width)) of a block, in order; a tile is valid until the next one."""
         if self.storage == "device":
             width = self.width_of(block)
-            yield from enumerate(self._tiles[block].cpu().split(width, dim=1))
+            yield from enumerate(self._tiles[block].cpu().split(width, dim=1))  # type: ignore[no-untyped-call]
             return
         if self.storage != "streamed":
             yield from enumerate(self._tiles[block].unbind(0))
