@@ -290,6 +290,33 @@ class _Repair:
                 found = trial.take([nearest])
         return found
 
+    def by_trial(self, row: Population) -> Population | None:
+        """The best change again and again, each weighed in its canonical spelling; None = stuck.
+
+        Prices alone do not show that a spelling undoes a change: moves that look right are then
+        drawn without end.
+        """
+        before = float(self.excess(self.costs(row))[0])
+        while before > 0:
+            active = self.active_of(row)
+            trials = []
+            for block in self.blocks:
+                flat = row[block.key].reshape(1, -1)
+                _, can = block.moves(flat, active[block.key].reshape(flat.shape))
+                moves = np.flatnonzero(can[0])
+                columns = {k: np.repeat(c, len(moves), axis=0) for k, c in row.columns.items()}
+                spread = columns[block.key].reshape(len(moves), flat.shape[1])
+                block.make(spread, np.arange(len(moves)), moves)
+                columns[block.key] = spread.reshape(columns[block.key].shape)
+                trials.append(self.canonicalise(Population(columns)))
+            every = Population.concat(trials)
+            excess = self.excess(self.costs(every))
+            if not len(excess) or not excess.min() < before:
+                return None
+            before = float(excess.min())
+            row = every.take([int(np.argmin(excess))])
+        return row
+
     def program(self, row: Population, costs: Array, u: Array) -> Population | None:
         """The fewest changes by integer program, at the row's present activity; None = none.
 
@@ -500,7 +527,9 @@ def _repair_rows(
             return
         part, costs, u, rows = part.take(~done), costs[~done], u[~done], rows[~done]
     for i, row in enumerate(rows):
-        better = work.program(part.take([i]), costs[i], u[i])
+        better = work.by_trial(part.take([i]))
+        if better is None:
+            better = work.program(part.take([i]), costs[i], u[i])
         better = None if better is None else work.canonicalise(better)
         if better is None or not work.holds(work.costs(better))[0]:
             raise work.error(costs[i])

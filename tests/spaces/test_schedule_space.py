@@ -71,6 +71,14 @@ def test_every_candidate_is_a_schedule_with_the_calls_it_says(name):
     assert all(np.isfinite(compile_schedule(schedule).outputs).all() for schedule in schedules)
 
 
+def test_a_change_that_the_spelling_undoes_does_not_end_a_repair():
+    """A corrector of the last step looks like a call and is none: it was drawn without end."""
+    within = ScheduleRange((5, 6), (1e-3, 1e-3), endings=("stop",), first=("model",))
+    space = SolverScheduleSpace(VpLinear(), within)
+    for seed in (13, 14):
+        assert set(space.cost(sampled(space, 500, seed))["nfe"]) == {5, 6}
+
+
 @pytest.mark.parametrize("name", SPACES)
 def test_a_schedule_and_its_candidate_have_one_key(name):
     space = SPACES[name]()
