@@ -359,7 +359,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from searchlab.search import verify
     from searchlab.study import Database
 
-    opened = open_config(find_run(options.run, options.database))
+    opened = open_config(find_run(options.run, options.database, writes=False))
     base = Database(opened.address.database)
     try:
         store = base.read(opened.address.name)
@@ -381,7 +381,7 @@ def _show(options: argparse.Namespace, rest: list[str]) -> int:
         from searchlab.command_watch import watch
         from searchlab.runs import find_run
 
-        return watch(find_run(options.run, options.database), options.interval)
+        return watch(find_run(options.run, options.database, writes=False), options.interval)
     _, result = _stored_result(options)
     if options.json:
         print(json.dumps(result.to_json(), indent=1))

@@ -30,7 +30,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     from searchlab.outcome import figures, read_outcome
     from searchlab.runs import find_run
 
-    known = figures(read_outcome(find_run(options.run, options.database)))
+    known = figures(read_outcome(find_run(options.run, options.database, writes=False)))
     if not options.expect:
         for name in sorted(known):
             print(f"{name:24} {known[name]:.6g}")

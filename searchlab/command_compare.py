@@ -31,7 +31,8 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     if not 0 < options.alpha < 1:
         raise ConfigError(f"alpha {options.alpha}; allowed: between 0 and 1")
     first, second = (
-        read_outcome(find_run(name, options.database)) for name in (options.first, options.second)
+        read_outcome(find_run(name, options.database, writes=False))
+        for name in (options.first, options.second)
     )
     comparison = compare(first, second, alpha=options.alpha)
     if options.json:

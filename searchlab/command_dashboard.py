@@ -37,7 +37,7 @@ def _dashboard(options: argparse.Namespace, rest: list[str]) -> int:
         )
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"port {options.port}; allowed: 1 to 65535")
-    address = find_run(options.run, options.database)
+    address = find_run(options.run, options.database, writes=False)
     _check_free(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="searchlab-dashboard-") as folder:
         from searchlab.optuna_export import write_optuna

@@ -83,7 +83,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from searchlab.study import Database
 
     _reader()(Path(options.folder))
-    opened = open_config(find_run(options.run, options.database))
+    opened = open_config(find_run(options.run, options.database, writes=False))
     stage = with_prior(opened.config, PriorRequest(Path(options.folder), "never")).stages[-1]
     base = Database(opened.address.database)
     try:

@@ -71,11 +71,17 @@ def write_text(path: Path, text: str) -> None:
         raise StudyError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
-def find_run(name: str, database: str | None = None) -> RunAddress:
+def find_run(name: str, database: str | None = None, *, writes: bool = True) -> RunAddress:
     """The run of a name or of a folder.
+
+    Args:
+        name: of a run, or a run's folder.
+        database: where to look; the folder's, else the default one.
+        writes: something is to be put into the run's folder, which then has to be its own.
 
     Raises:
         ConfigError: neither a run folder nor a run of the database; lists the known ones.
+        DataError: the run names a folder that is not its own, and something is to be put there.
     """
     folder = Path(name)
     if (folder / RUN_FILE).is_file():
@@ -92,7 +98,8 @@ def find_run(name: str, database: str | None = None) -> RunAddress:
     try:
         for info in base.runs():
             if info.name == name:
-                return RunAddress(name, where, _own_folder(Path(info.out), name))
+                out = Path(info.out)
+                return RunAddress(name, where, _own_folder(out, name) if writes else out)
         known = ", ".join(info.name for info in base.runs()) or "none"
     finally:
         base.close()

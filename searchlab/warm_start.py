@@ -52,7 +52,7 @@ def best_of_run(
 
     if k < 1:
         raise ConfigError(f"warm start from the {k} best; allowed: 1 or more")
-    address = find_run(str(run), None if database is None else str(database))
+    address = find_run(str(run), None if database is None else str(database), writes=False)
     with Database(address.database) as base:
         store = base.read(address.name)
         fingerprint, records = store.space, store.records()

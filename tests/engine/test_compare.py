@@ -104,7 +104,7 @@ def at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def outcome(folder: Path, name: str) -> Any:
-    return read_outcome(find_run(name, str(folder / "study.db")))
+    return read_outcome(find_run(name, str(folder / "study.db"), writes=False))
 
 
 def test_winners_are_paired_on_the_replicates_of_the_report(folder: Path) -> None:

@@ -133,6 +133,9 @@ def test_every_evaluator_has_a_suite() -> None:
     suites = {SamplingEvaluator: TestSampling}
     elsewhere = {
         "CommandEvaluator": "evaluators/test_command.py",
+        "FlashEval": "evaluators/test_flasheval.py",
+        "MergedCommandEvaluator": "evaluators/test_merged_model.py",
+        "MergedModelEvaluator": "evaluators/test_merged_model.py",
         "PipelineEvaluator": "evaluators/test_pipeline_suite.py",
         "TableEvaluator": "evaluators/test_table.py",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,34 @@ state = load_file(model / "merged.safetensors")
 value = float(state["net.0.weight"][0, 0])
 json.dump({"objectives": {"first": value}}, open(out, "w"))
 """
+
+
+COUNTING = 'printf \'{"objectives": {"size": %s}}\' $(wc -c < {model}/merged.safetensors) > {out}'
+
+
+class TestMergedCommand(EvaluatorSuite):
+    """The size of the merged file, which all mixes share."""
+
+    rows = 3
+
+    @pytest.fixture
+    def space(self, bank: CheckpointBank) -> Space:
+        return CheckpointMixSpace(bank.names)
+
+    @pytest.fixture
+    def population(self, space: Space) -> Population:
+        assert isinstance(space, CheckpointMixSpace)
+        return mixes(space, self.rows)
+
+    @pytest.fixture
+    def evaluator(
+        self, space: Any, bank: CheckpointBank, tmp_path: Path
+    ) -> Iterator[MergedCommandEvaluator]:
+        made = MergedCommandEvaluator(
+            space, COUNTING, (Objective("size"),), bank=bank, folder=tmp_path, by_shell=True
+        )
+        yield made
+        made.close()
 
 
 def test_a_command_reads_merged_weights(
