@@ -205,9 +205,11 @@ def _check_class(location: str, index: Path) -> None:
             f"{location!r} is a {name!r}, which diffusers {diffusers.__version__} does not have"
         )
     # Diffusers imports whatever module a part names; a folder is data.
-    known = {None, "diffusers", "transformers", "searchlab"}
+    known = {None, "diffusers", "transformers"}
     for library in libraries - known:
-        if not isinstance(library, str) or not hasattr(diffusers.pipelines, library):
+        text = isinstance(library, str)
+        ours = text and library.split(".")[0] == "searchlab"
+        if not ours and not (text and hasattr(diffusers.pipelines, library)):
             raise DataError(
                 f"a part of {location!r} comes from module {library!r}; allowed: those of "
                 "diffusers and transformers"

@@ -395,6 +395,15 @@ class Run(Recorder):
         return self._found[digest]
 
     def _register(self, digest: str, identity: str, environment: str | None) -> int:
+        try:
+            return self._registered(digest, identity, environment)
+        except StudyError:
+            # Another run of a shared server may have registered it at the same moment.
+            if self._find_evaluator(digest) is None:
+                raise
+            return self._registered(digest, identity, environment)
+
+    def _registered(self, digest: str, identity: str, environment: str | None) -> int:
         schema = tables()
         with errors_named(self._where), self._transaction(write=True) as connection:
             self._renew(connection, 0)

@@ -243,6 +243,8 @@ def _memory(journal: Journal, evaluations: int, from_: int, limit: float) -> Non
                 "run", config=config.describe(), space=space.fingerprint, seed=0, out=""
             )
             run(config, store=store, executor=LocalExecutor(), callbacks=[look])
+            gc.collect()
+            seen[evaluations] = _memory_mb()
         size = path.stat().st_size
     last = max(seen)
     growth = seen[last] - seen[from_]

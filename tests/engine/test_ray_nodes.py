@@ -15,7 +15,7 @@ import process_tools
 from process_tools import mixed_space, start
 
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
-from searchlab.errors import ConfigError, SearchlabWarning
+from searchlab.errors import ConfigError, SearchlabWarning, StudyError
 from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import Executor, LocalExecutor, RayExecutor
 from searchlab.loop import Callback, Progress
@@ -106,5 +106,8 @@ def _script(folder: Path) -> Path:
 def _recorded(folder: Path) -> int:
     if not (folder / "run" / "searchlab.db").exists():
         return 0
-    with Database(folder / "run" / "searchlab.db") as base:
-        return len(base.read("search").records())
+    try:
+        with Database(folder / "run" / "searchlab.db") as base:
+            return len(base.read("search").records())
+    except StudyError:  # it is being made at this moment
+        return 0

@@ -149,7 +149,8 @@ def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: A
     before = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
     began, number = time.monotonic(), 0
     with hunter:
-        while time.monotonic() - began < 20:
+        # A busy machine gets to the strikes later.
+        while (spent := time.monotonic() - began) < 20 or (hunter.struck < 3 and spent < 90):
             number += 1
             once(number)
     after = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
