@@ -25,6 +25,12 @@ def mixed_space() -> Space:
     return Space(kind=Choice(range(5), shape=(4,)), x=Real(0, 1), n=Integer(0, 9))
 
 
+def a_second(**values: Any) -> float:
+    """Long enough that none ends while a few are handed out on a busy machine."""
+    time.sleep(1.0)
+    return 0.0
+
+
 def slow(kind: list[int], x: float, n: int) -> float:
     """Takes 0 to 8 ms, by the candidate; notes every call where a log is wanted."""
     value = float(sum(k * (i + 1) for i, k in enumerate(kind))) + (x - 0.3) ** 2 + abs(n - 4)

@@ -161,7 +161,7 @@ def test_the_default_lag_keeps_all_workers_busy() -> None:
 
 def test_at_most_one_chunk_per_worker_waits() -> None:
     executor = ProcessExecutor(workers=1)
-    executor.start((FunctionEvaluator(process_tools.slow, mixed_space()),))
+    executor.start((FunctionEvaluator(process_tools.a_second, mixed_space()),))
     jobs = search(mixed_space(), process_tools.slow, budget=3)
     assert jobs.counts["evaluations"] == 3
     space = mixed_space()
