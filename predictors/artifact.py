@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,9 @@ __all__ = [
     "described_space",
     "kept_space",
     "load_predictor",
+    "load_state",
     "read_artifact",
+    "save_state",
     "write_artifact",
 ]
 
@@ -208,6 +210,65 @@ def kept_space(described: Mapping[str, Any], where: str) -> Space:
     except (SpaceError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"the space of predictor {where!r} cannot be read: {error}") from error
     return space
+
+
+State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+
+
+class Stateful(Protocol):
+    """A predictor that can say all that it has learnt, and be made again from that."""
+
+    name: ClassVar[str]
+
+    def state(self, *, with_data: bool = False) -> State:
+        """Everything that was learnt, as JSON and arrays named "part/name"."""
+
+    @classmethod
+    def of_state(
+        cls, space: Space, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> Self:
+        """The inverse of `state`."""
+
+
+Kind = TypeVar("Kind", bound=Stateful)
+
+
+def save_state(predictor: Stateful, space: Space | None, path: Path, *, with_data: bool) -> None:
+    """Writes what a predictor over `space` has learnt into a folder; see `Predictor.save`.
+
+    Raises:
+        ConfigError: nothing was learnt, which is what no space means.
+    """
+    if space is None:
+        raise ConfigError(f"predictor {predictor.name!r} has learnt nothing; allowed: after fit")
+    config, arrays = predictor.state(with_data=with_data)
+    write_artifact(
+        Path(path),
+        predictor=predictor.name,
+        space=space,
+        state=config,
+        arrays=arrays,
+        with_data=with_data,
+    )
+
+
+def load_state(kind: type[Kind], path: Path, space: Space) -> Kind:
+    """The predictor of this kind in a folder; see `Predictor.load`.
+
+    Raises:
+        DataError: see `read_artifact`; or the folder holds another kind, or not all of it.
+    """
+    artifact = read_artifact(Path(path), space)
+    if artifact.predictor != kind.name:
+        raise DataError(
+            f"{str(path)!r} holds predictor {artifact.predictor!r}; allowed: {kind.name!r}"
+        )
+    try:
+        return kind.of_state(space, artifact.state, artifact.arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{str(path)!r} is no predictor {kind.name!r}: {type(error).__name__} {error}"
+        ) from error
 
 
 def load_predictor(folder: str | Path, space: Space | None = None) -> Predictor:

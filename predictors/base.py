@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import ConfigError
 from searchlab.predictor import DRAW_WIDTH, Table
-from searchlab.predictors.artifact import read_artifact, write_artifact
+from searchlab.predictors.artifact import State as State
+from searchlab.predictors.artifact import load_state, save_state
 from searchlab.predictors.preprocess import Features, Inputs, Labels, usable_losses
 from searchlab.space import Space
 from searchlab.uniforms import derived
@@ -22,7 +23,6 @@ __all__ = ["BasePredictor", "folds_of", "normals_of"]
 
 Floats = NDArray[np.float64]
 Folds = Sequence[NDArray[np.int64]]
-State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
 LEAST = 4  # labels of which some can be left out
@@ -196,31 +196,13 @@ class BasePredictor:
 
     def save(self, path: Path, *, with_data: bool = False) -> None:
         """See `Predictor.save`."""
-        config, arrays = self.state(with_data=with_data)
-        assert self._inputs is not None
-        write_artifact(
-            Path(path),
-            predictor=self.name,
-            space=self._inputs.space,
-            state=config,
-            arrays=arrays,
-            with_data=with_data,
-        )
+        space = None if self._inputs is None else self._inputs.space
+        save_state(self, space, path, with_data=with_data)
 
     @classmethod
     def load(cls, path: Path, space: Space) -> Self:
         """See `Predictor.load`."""
-        artifact = read_artifact(Path(path), space)
-        if artifact.predictor != cls.name:
-            raise DataError(
-                f"{str(path)!r} holds predictor {artifact.predictor!r}; allowed: {cls.name!r}"
-            )
-        try:
-            return cls.of_state(space, artifact.state, artifact.arrays)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{str(path)!r} is no predictor {cls.name!r}: {type(error).__name__} {error}"
-            ) from error
+        return load_state(cls, path, space)
 
 
 def part_of(arrays: Mapping[str, NDArray[Any]], part: str) -> dict[str, NDArray[Any]]:

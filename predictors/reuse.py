@@ -20,8 +20,9 @@ from searchlab.predictors.artifact import (
     described_space,
     kept_space,
     load_predictor,
+    load_state,
     read_artifact,
-    write_artifact,
+    save_state,
 )
 from searchlab.predictors.base import part_of
 from searchlab.predictors.preprocess import Labels, usable_losses
@@ -394,31 +395,12 @@ class Warm:
 
     def save(self, path: Path, *, with_data: bool = False) -> None:
         """See `Predictor.save`."""
-        config, arrays = self.state(with_data=with_data)
-        assert self._space is not None
-        write_artifact(
-            Path(path),
-            predictor=self.name,
-            space=self._space,
-            state=config,
-            arrays=arrays,
-            with_data=with_data,
-        )
+        save_state(self, self._space, path, with_data=with_data)
 
     @classmethod
     def load(cls, path: Path, space: Space) -> Self:
         """See `Predictor.load`."""
-        artifact = read_artifact(Path(path), space)
-        if artifact.predictor != cls.name:
-            raise DataError(
-                f"{str(path)!r} holds predictor {artifact.predictor!r}; allowed: {cls.name!r}"
-            )
-        try:
-            return cls.of_state(space, artifact.state, artifact.arrays)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{str(path)!r} is no predictor {cls.name!r}: {type(error).__name__} {error}"
-            ) from error
+        return load_state(cls, path, space)
 
 
 def _state_of(predictor: Predictor, *, with_data: bool) -> State:

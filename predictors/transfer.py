@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab.config import PREDICTORS, resolve
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import ConfigError
 from searchlab.predictor import Table
-from searchlab.predictors.artifact import read_artifact, write_artifact
+from searchlab.predictors.artifact import load_state, save_state
 from searchlab.predictors.base import LEAST, BasePredictor, State, part_of
 from searchlab.predictors.preprocess import Labels, Ruler, usable_losses
 from searchlab.predictors.reuse import PREDICTED
@@ -223,16 +223,8 @@ class Refined:
 
     def save(self, path: Path, *, with_data: bool = False) -> None:
         """See `Predictor.save`."""
-        config, arrays = self.state(with_data=with_data)
-        assert self.fresh._inputs is not None
-        write_artifact(
-            Path(path),
-            predictor=self.name,
-            space=self.fresh._inputs.space,
-            state=config,
-            arrays=arrays,
-            with_data=with_data,
-        )
+        inputs = self.fresh._inputs
+        save_state(self, None if inputs is None else inputs.space, path, with_data=with_data)
 
     @classmethod
     def of_state(
@@ -255,17 +247,7 @@ class Refined:
     @classmethod
     def load(cls, path: Path, space: Any) -> Self:
         """See `Predictor.load`."""
-        artifact = read_artifact(Path(path), space)
-        if artifact.predictor != cls.name:
-            raise DataError(
-                f"{str(path)!r} holds predictor {artifact.predictor!r}; allowed: {cls.name!r}"
-            )
-        try:
-            return cls.of_state(space, artifact.state, artifact.arrays)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{str(path)!r} is no predictor {cls.name!r}: {type(error).__name__} {error}"
-            ) from error
+        return load_state(cls, path, space)
 
 
 def _doubt(said: Floats, targets: Floats) -> float:

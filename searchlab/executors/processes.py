@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 
 from searchlab import errors
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError
-from searchlab.evaluator import Evaluator, FunctionEvaluator
+from searchlab.evaluator import Evaluator
 from searchlab.executors import _worker
 from searchlab.executors._channel import packed
+from searchlab.executors._given import check_count, evaluator_name
 from searchlab.executors._supervisor import Broken, Retries, Supervisor, Task
 from searchlab.executors.base import Chunk, Done, Usage
 
@@ -60,11 +61,11 @@ class ProcessExecutor:
             retries = Retries()
         elif isinstance(retries, int):
             retries = Retries(death=retries, timeout=retries, memory=retries)
-        _check("workers", workers, 1, 1024)
-        _check("threads", threads, 1, 1024)
-        _check("memory", memory, 0, 2**62)
+        check_count("workers", workers, 1, 1024)
+        check_count("threads", threads, 1, 1024)
+        check_count("memory", memory, 0, 2**62)
         for cause in ("death", "timeout", "error", "memory"):
-            _check(f"retries ({cause})", getattr(retries, cause), 0, 1000)
+            check_count(f"retries ({cause})", getattr(retries, cause), 0, 1000)
         if deadline is not None and not 0 < deadline < float("inf"):
             raise ConfigError(f"deadline {deadline!r}; allowed: seconds above 0")
         self.workers = workers
@@ -84,7 +85,7 @@ class ProcessExecutor:
                 packed(evaluator)
             except Exception as error:
                 raise ConfigError(
-                    f"{_name(evaluator)} cannot be sent to worker processes "
+                    f"{evaluator_name(evaluator)} cannot be sent to worker processes "
                     f"({' '.join(str(error).split())}); {_WAYS_OUT}"
                 ) from None
 
@@ -207,19 +208,6 @@ class ProcessExecutor:
         return self._supervisor
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} {value!r}; allowed: {low} to {high}")
-
-
-def _name(evaluator: Evaluator) -> str:
-    if isinstance(evaluator, FunctionEvaluator):
-        function = evaluator.function
-        name = getattr(function, "__qualname__", type(function).__name__)
-        return f"function {name!r} of {getattr(function, '__module__', '?')}"
-    return f"evaluator {type(evaluator).__name__}"
-
-
 def _main_module() -> dict[str, object]:
     """What a worker needs to find the same modules as this process."""
     data: dict[str, object] = {
@@ -239,7 +227,7 @@ def _main_module() -> dict[str, object]:
 def _refuse(broken: Broken, evaluators: tuple[Evaluator, ...]) -> NoReturn:
     """Raises what a worker that could not start means."""
     what = f"{broken.error}: {broken.text}" if broken.error else broken.text
-    names = ", ".join(_name(evaluator) for evaluator in evaluators)
+    names = ", ".join(evaluator_name(evaluator) for evaluator in evaluators)
     if broken.step == "main":
         raise ConfigError(
             f"worker processes import the main module, which failed ({what}); allowed: a script "

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from searchlab import errors
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError, SearchlabWarning
-from searchlab.evaluator import Evaluator, FunctionEvaluator
+from searchlab.evaluator import Evaluator
+from searchlab.executors._given import check_count, evaluator_name
 from searchlab.executors._supervisor import Broken, Retries
 from searchlab.executors.base import Chunk, Done, Usage
 from searchlab.executors.ray_cluster import Cluster, Need
@@ -79,11 +80,11 @@ class RayExecutor:
         elif isinstance(retries, int):
             retries = Retries(death=retries, timeout=retries)
         if workers is not None:
-            _check("workers", workers, 1, 100_000)
-        _check("threads", threads, 1, 1024)
-        _check("at_once", at_once, 1, 1024)
+            check_count("workers", workers, 1, 100_000)
+        check_count("threads", threads, 1, 1024)
+        check_count("at_once", at_once, 1, 1024)
         for cause in ("death", "timeout", "error"):
-            _check(f"retries ({cause})", getattr(retries, cause), 0, 1000)
+            check_count(f"retries ({cause})", getattr(retries, cause), 0, 1000)
         if deadline is not None and not 0 < deadline < math.inf:
             raise ConfigError(f"deadline {deadline!r}; allowed: seconds above 0")
         if missing not in ("stop", "wait"):
@@ -133,7 +134,7 @@ class RayExecutor:
         self.prepare()
         setting = self._setting
         for evaluator in evaluators:
-            name = _name(evaluator)
+            name = evaluator_name(evaluator)
             if getattr(evaluator, "exclusive", False):
                 if setting.need.gpus != int(setting.need.gpus):
                     raise ConfigError(
@@ -338,26 +339,13 @@ class RayExecutor:
         return self._pool
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} {value!r}; allowed: {low} to {high}")
-
-
-def _name(evaluator: Evaluator) -> str:
-    if isinstance(evaluator, FunctionEvaluator):
-        function = evaluator.function
-        name = getattr(function, "__qualname__", type(function).__name__)
-        return f"function {name!r} of {getattr(function, '__module__', '?')}"
-    return f"evaluator {type(evaluator).__name__}"
-
-
 def _refuse(member: Member, broken: Broken, evaluators: tuple[Evaluator, ...]) -> None:
     """Raises what a worker that could not start means."""
     what = f"{broken.error}: {broken.text}" if broken.error else broken.text
     where = member.where.get("host", "a node")
     where = f"{where} ({member.where['ip']})" if "ip" in member.where else where
     if broken.step == "load":
-        names = ", ".join(_name(evaluator) for evaluator in evaluators)
+        names = ", ".join(evaluator_name(evaluator) for evaluator in evaluators)
         raise ConfigError(
             f"{names} cannot be loaded on node {where} ({what}); allowed: modules that are "
             "installed on every node, or sent by a runtime environment"
