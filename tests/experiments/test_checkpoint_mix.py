@@ -84,8 +84,7 @@ def test_a_users_own_checkpoints_by_command_line(
         {"subspace": 3},
         {"group_depth": 1},
         {"evaluator": "loss"},
-        {"guided": True, "budget": 32},
-        {"guided": True, "algorithm": "evolution"},
+        {"guided": True, "budget": 24},
     ],
 )
 def test_bundled_checkpoints_in_every_way(more: dict[str, Any]) -> None:
@@ -121,7 +120,7 @@ def test_exported_weights_load_strictly_and_score_the_same(tmp_path: Path) -> No
     ("values", "text"),
     [
         ({"evaluator": "what"}, "module:function"),
-        ({"evaluator": "samples", "checkpoints": ("x",)}, "bundled"),
+        ({"evaluator": "samples", "checkpoints": (str(DIGITS_CHECKPOINTS),)}, "bundled"),
         ({"evaluator": "command"}, "go together"),
         ({"evaluator": "command", "command": "x {model} {out}"}, "no objective"),
         ({"model": "a:b"}, "model is for"),

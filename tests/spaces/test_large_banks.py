@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from searchlab.spaces.checkpoint_mix import CheckpointBank, find_checkpoints, merge
@@ -71,10 +73,6 @@ def test_a_stretch_and_a_tile_of_a_bank_lie_beyond_two_to_the_31(tmp_path: Path)
 def test_rows_too_far_apart_for_the_matrix_library_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import save_file
-
-    import searchlab.spaces.checkpoint_mix.merge as module
-
     for step in range(1, 5):
         generator = torch.Generator().manual_seed(step)
         save_file(
@@ -84,7 +82,7 @@ def test_rows_too_far_apart_for_the_matrix_library_are_the_same(
     bank = CheckpointBank(find_checkpoints([tmp_path]))
     rows = np.random.default_rng(0).normal(size=(6, 4))
     (near,) = merge(bank, rows)
-    monkeypatch.setattr(module, "FARTHEST", 1000)
+    monkeypatch.setattr(sys.modules[merge.__module__], "FARTHEST", 1000)
     (far,) = merge(bank, rows)
     assert torch.equal(near, far)
 
