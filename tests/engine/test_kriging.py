@@ -52,7 +52,7 @@ def valley(population: Population) -> NDArray[np.float64]:
 
 def best_of(make: Callable[..., Algorithm], seed: int, n: int) -> float:
     space = Space(w=Affine(10, 1.0, low=-8, high=8))
-    algorithm = make(space, seed=seed)
+    algorithm = make(space, seed=seed, sigma=0.03)
     best = np.inf
     for start in range(0, n, algorithm.quantum):
         jobs = algorithm.ask(start, algorithm.quantum)
