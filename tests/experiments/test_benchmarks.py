@@ -138,6 +138,4 @@ def test_times_are_those_of_the_call() -> None:
 
 def test_flags_are_common_to_all() -> None:
     found = common.flags("", ["--quick", "--out", "x.json"])
-    assert found == argparse.Namespace(
-        quick=True, check=False, out=Path("x.json"), join=False
-    )
+    assert found == argparse.Namespace(quick=True, check=False, out=Path("x.json"), join=False)
