@@ -55,9 +55,10 @@ class Need:
                 )
         for name in self.resources:
             if name in _NOT_CUSTOM or not name.strip():
+                known = ", ".join(_NOT_CUSTOM)
                 raise ConfigError(
-                    f"custom resource {name!r}; allowed: other names than {', '.join(_NOT_CUSTOM)}, "
-                    "which have options of their own"
+                    f"custom resource {name!r}; allowed: any name but {known}, which have options "
+                    "of their own"
                 )
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
             raise ConfigError(f"memory {self.memory!r} per worker; allowed: bytes, 0 = no limit")
