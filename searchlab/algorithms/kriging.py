@@ -154,7 +154,6 @@ class Kriging(Algorithm):
         population: Population = self._coordinates.population(vectors, u[:, 1 + d :])
         return Draw(population, [self.name] * len(ids), no_parents(len(ids)))
 
-
     def _proposed(self, model: _Process, i: int) -> Array:
         """The vector of an id, after those of the lower ids of its group."""
         start = i - (i - self.first_id) % self.quantum

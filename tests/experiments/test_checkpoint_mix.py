@@ -56,7 +56,8 @@ def test_a_users_own_checkpoints_by_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_user(tmp_path)
-    given = ["run", "lcsc", "--checkpoints", "out/step_*", "--evaluator", "user_score:distance"]
+    paths = [f"out/step_{step}.safetensors" for step in (1, 2, 3, 4, 5)]  # as by an open pattern
+    given = ["run", "lcsc", "--checkpoints", *paths, "--evaluator", "user_score:distance"]
     assert main([*given, "--budget", "150", "--name", "one", "--quiet"]) == 0
     assert "5 checkpoints, oldest first; bank memory" in capsys.readouterr().err
     out = tmp_path / "runs" / "one" / "export"
