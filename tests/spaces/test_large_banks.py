@@ -88,7 +88,7 @@ def test_rows_too_far_apart_for_the_matrix_library_are_the_same(
 
 
 def zeros_that_end_with(tails: list[Tensor], folder: Path) -> None:
-    """The bank's file of the sparse checkpoints, itself sparse: what `_write` would make of them."""
+    """The bank file of the sparse checkpoints, itself sparse: what `_write` would make of it."""
     sources = find_checkpoints([folder])
     bank = object.__new__(CheckpointBank)
     bank.sources, bank.tile, bank.delta, bank.folder = sources, 8192, None, folder / "bank"
