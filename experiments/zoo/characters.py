@@ -1,0 +1,54 @@
+"""A small trained mixture-of-experts model of characters, and the tasks that its experts divide.
+
+A Mixtral of three layers with eight experts each, two per token, which reads one character at a
+time. It knows four kinds of text: prose, sums, reversed words and Python code. The checkpoint
+folder lies beside this file, with a task file for each kind and a card (`characters.json`) that
+says how it was trained and how well it does; `train_characters.py` writes all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from searchlab.errors import DataError, unknown_name
+
+__all__ = ["CHARACTERS", "TASKS", "load_characters", "task_path"]
+
+CHARACTERS = Path(__file__).parent / "characters"
+"""The checkpoint folder, as `from_pretrained` takes it."""
+
+TASKS = ("prose", "arithmetic", "reversal", "code")
+
+_FORMAT = 1
+
+
+def task_path(name: str) -> Path:
+    """The file of one of `TASKS`.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in TASKS:
+        raise unknown_name("task of the character model", name, TASKS)
+    return CHARACTERS / f"{name}.jsonl"
+
+
+def load_characters() -> tuple[Any, Any]:
+    """The model, in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        DataError: the card is of another format, or the weights are not those of the card.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    card = json.loads((CHARACTERS / "characters.json").read_text("utf-8"))
+    if card.get("format") != _FORMAT:
+        raise DataError(f"characters.json has format {card.get('format')!r}; allowed: {_FORMAT}")
+    found = hashlib.sha256((CHARACTERS / "model.safetensors").read_bytes()).hexdigest()
+    if found != card["sha256"]:
+        raise DataError(f"model.safetensors of {CHARACTERS} has hash {found}, not {card['sha256']}")
+    model = AutoModelForCausalLM.from_pretrained(CHARACTERS, dtype="float32")
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(CHARACTERS)
