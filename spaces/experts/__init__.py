@@ -13,13 +13,21 @@ from searchlab.spaces.experts.families import (
     read_family,
 )
 from searchlab.spaces.experts.model import ResidentExperts
+from searchlab.spaces.experts.plan import ExpertPlan, read_plan
+from searchlab.spaces.experts.space import PruningSpace, kept, pruning_space, resolve_keep
 
 __all__ = [
     "ExpertLayout",
+    "ExpertPlan",
     "Family",
+    "PruningSpace",
     "ResidentExperts",
     "families",
     "family_of",
+    "kept",
     "layout_of",
+    "pruning_space",
     "read_family",
+    "read_plan",
+    "resolve_keep",
 ]
