@@ -15,14 +15,12 @@ phase. Models and evaluators are imported where they are needed, so that listing
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import ConfigError
 from searchlab.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPE", "ExpertsOptions", "build"]
 
-Metric = Literal["options", "mean", "first_token", "kl_self", "perplexity", "generate"]
+Metric = Literal["options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"]
 PAPER = (31, 70, 301)  # random subsets, children of the pruning phase, of the merging phase
 
 
@@ -54,8 +52,8 @@ class ExpertsOptions:
     )
     metric: Metric = _option(
         "options",
-        "options: likeliest option; mean: per token; first_token: its greedy beginning; kl_self: "
-        "divergence from the full model's own answers; perplexity; generate: exact match",
+        "options: likeliest option; options_mean: per token; first_token: its greedy beginning; "
+        "kl_self: divergence from the full model's own answers; perplexity; exact_match: generated",
     )
     keep: str | None = _option(None, "experts per block, as 4 or 50%; half without --memory")
     memory: str | None = _option(None, "weights of the result, as 24GiB; decides --keep")
@@ -74,6 +72,7 @@ class ExpertsOptions:
     )
     timeout: float = _option(3600.0, "seconds that one such command may take")
     chat: Literal["auto", "on", "off"] = _option("auto", "wrap prompts by the chat template")
+    new_tokens: int = _option(32, "most tokens of a generated answer, for kl_self and exact_match")
     items: int | None = _option(None, "most items of each split")
     random: int = _option(10, "random subsets that are reported beside the result")
     budget: int | str | None = _option(
@@ -102,6 +101,7 @@ class ExpertsOptions:
             ("together", 1, 4096),
             ("tokens", 16, 2**24),
             ("items", 1, 2**30),
+            ("new_tokens", 1, 2**20),
             ("active", 1, 4096),
             ("threads", 1, 1024),
         ):
@@ -155,9 +155,54 @@ class ExpertsOptions:
         """The command that judges, without its prefix."""
         if self.final is None:
             return None
+        from searchlab.experiments.experts_judge import check_command
+
         prefix, sign, command = self.final.partition(":")
         if not sign or prefix.strip() != "command" or not command.strip():
             raise ConfigError(f"final {self.final!r}; allowed: 'command: PROGRAM ... {{export}}'")
-        if "{export}" not in command:
-            raise ConfigError(f"final {self.final!r} does not use {{export}}")
+        check_command(command.strip())
         return command.strip()
+
+
+# -- the search -----------------------------------------------------------------------------------
+
+
+def build(options: ExpertsOptions) -> SearchConfig:
+    """The configuration of a run; everything that can be wrong is looked at before the weights."""
+    from searchlab.config import Final, SearchConfig
+    from searchlab.experiments.experts_setup import prepare
+
+    problem = prepare(options)
+    return SearchConfig(
+        tuple(problem.stages()),
+        name=RECIPE.name,
+        seed=options.seed,
+        lag=options.lag,
+        final=Final(k=5, report=1, named=problem.names),
+        recipe=RECIPE.name,
+        options=asdict(options),
+    )
+
+
+def export(config: SearchConfig, result: Result, directory: Path, form: str) -> list[Path]:
+    """Writes the winner, see `experts_export`."""
+    from searchlab.experiments.experts_export import export as write
+
+    return write(config, result, directory, form)
+
+
+def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
+    """Report sections of this room."""
+    from searchlab.experiments.experts_report import sections as make
+
+    return make(config, result)
+
+
+RECIPE = Recipe(
+    "experts",
+    "which experts of a mixture-of-experts language model a task needs (EEP)",
+    ExpertsOptions,
+    build,
+    sections=sections,
+    export=export,
+)

@@ -24,12 +24,14 @@ RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
     "checkpoint_mix": "searchlab.experiments.checkpoint_mix:RECIPE",
     "command": "searchlab.experiments.command:RECIPE",
+    "experts": "searchlab.experiments.experts:RECIPE",
     "flasheval": "searchlab.experiments.flasheval:RECIPE",
     "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
     "table": "searchlab.experiments.table:RECIPE",
 }
 ALIASES: dict[str, str] = {
+    "eep": "experts",
     "lcsc": "checkpoint_mix",
     "s3": "solver_schedule",
     "usf": "solver_schedule",

@@ -17,7 +17,7 @@ from searchlab.errors import DataError, unknown_name
 
 __all__ = ["CHARACTERS", "TASKS", "load_characters", "task_path"]
 
-CHARACTERS = Path(__file__).parent / "characters"
+CHARACTERS = Path(__file__).parent / "characters_model"
 """The checkpoint folder, as `from_pretrained` takes it."""
 
 TASKS = ("prose", "arithmetic", "reversal", "code")

@@ -306,7 +306,7 @@ def _tokenizer() -> Any:
     names = {"<pad>": PAD, "<s>": BOS, "<unk>": UNKNOWN}
     vocabulary = {**names, **{c: FIRST + at for at, c in enumerate(ALPHABET)}}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     made.decoder = decoders.Fuse()
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
