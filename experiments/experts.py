@@ -60,8 +60,9 @@ class ExpertsOptions:
     active: int | None = _option(None, "experts per token; the model's own without it")
     groups: str = _option("block", "blocks that share their choice: block, or how many groups")
     merge: bool = _option(False, "a second stage mixes kept and dropped experts")
-    router_mode: Literal["slice", "prob", "logit"] = _option(
-        "slice", "what the router scores after pruning or merging; slice loads everywhere"
+    per_block: bool = _option(False, "blocks may keep different numbers, under one total")
+    router_mode: Literal["slice", "prob", "logit"] | None = _option(
+        None, "slice: only kept experts are scored, loads everywhere; prob: all are (paper)"
     )
     flat: bool = _option(False, "routing without groups, for families that have them")
     baseline: tuple[str, ...] = _option(
@@ -114,6 +115,8 @@ class ExpertsOptions:
             raise ConfigError(f"groups {self.groups!r}; allowed: block, or a number from 1")
         if not self.timeout > 0:
             raise ConfigError(f"timeout {self.timeout}; allowed: more than 0 seconds")
+        if self.merges and self.per_block:
+            raise ConfigError("merge with per_block; allowed: one count for all blocks")
         if self.router_mode == "logit" and not self.merges:
             raise ConfigError("router_mode 'logit' is for --merge; allowed: slice, prob")
         if self.preset == "paper" and self.limits().evaluations not in (None, sum(PAPER)):
@@ -171,14 +174,15 @@ def build(options: ExpertsOptions) -> SearchConfig:
     """The configuration of a run; everything that can be wrong is looked at before the weights."""
     from searchlab.config import Final, SearchConfig
     from searchlab.experiments.experts_setup import prepare
+    from searchlab.experiments.experts_stages import stages_of
 
-    problem = prepare(options)
+    loaded = prepare(options).load()
     return SearchConfig(
-        tuple(problem.stages()),
+        tuple(stages_of(loaded)),
         name=RECIPE.name,
         seed=options.seed,
         lag=options.lag,
-        final=Final(k=5, report=1, named=problem.names),
+        final=Final(k=5, report=1, named=tuple(loaded.known)),
         recipe=RECIPE.name,
         options=asdict(options),
     )

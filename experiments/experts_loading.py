@@ -22,18 +22,27 @@ class ModelSource:
         config: of transformers.
         tokenizer: of transformers.
         folder: None for a hub id.
+        generation_config: of transformers; None where the model has none.
     """
 
     location: str
     config: Any
     tokenizer: Any
     folder: Path | None
+    generation_config: Any = None
 
     @property
     def context(self) -> int | None:
         """Most tokens that the model reads."""
         limit = getattr(self.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Numbers of the tokens that end an answer, as the model's own configuration says."""
+        from searchlab.evaluators.language.experts import stops_of
+
+        return stops_of(self)
 
 
 def open_model(location: str) -> ModelSource:
@@ -45,7 +54,7 @@ def open_model(location: str) -> ModelSource:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("experts need transformers: pip install 'searchlab[transformers]'")
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     location = str(CHARACTERS) if location == "zoo" else location
     path = Path(location)
@@ -60,7 +69,11 @@ def open_model(location: str) -> ModelSource:
     except Exception as error:  # whatever transformers raises for what lies there
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"model {location!r} cannot be opened: {reason}") from None
-    return ModelSource(location, config, tokenizer, folder)
+    try:
+        generation = GenerationConfig.from_pretrained(location)
+    except Exception:  # most tiny models have none; their configuration then says how answers end
+        generation = None
+    return ModelSource(location, config, tokenizer, folder, generation)
 
 
 def load_model(source: ModelSource, *, dtype: str = "auto", device: str | None = None) -> Any:
