@@ -173,11 +173,11 @@ class ExpertsOptions:
 def build(options: ExpertsOptions) -> SearchConfig:
     """The configuration of a run; everything that can be wrong is looked at before the weights."""
     from searchlab.config import Final, SearchConfig
-    from searchlab.experiments.experts_setup import prepare
+    from searchlab.experiments.experts_setup import keep_loaded, prepare
     from searchlab.experiments.experts_stages import stages_of
 
     loaded = prepare(options).load()
-    return SearchConfig(
+    config = SearchConfig(
         tuple(stages_of(loaded)),
         name=RECIPE.name,
         seed=options.seed,
@@ -186,6 +186,7 @@ def build(options: ExpertsOptions) -> SearchConfig:
         recipe=RECIPE.name,
         options=asdict(options),
     )
+    return keep_loaded(config, loaded)
 
 
 def export(config: SearchConfig, result: Result, directory: Path, form: str) -> list[Path]:

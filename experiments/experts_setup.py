@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from searchlab.experiments.experts_loading import (
 from searchlab.experiments.zoo.characters import task_path
 
 if TYPE_CHECKING:
+    from searchlab.config import SearchConfig
     from searchlab.evaluators.language.experts import ExpertsEvaluator
     from searchlab.evaluators.language.problem import LanguageSettings
     from searchlab.evaluators.language.prompts import Prompts
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from searchlab.spaces.experts import ExpertLayout, Family, PruningSpace, ResidentExperts
     from searchlab.spaces.experts.merging import MergingSpace
 
-__all__ = ["Loaded", "Prepared", "prepare"]
+__all__ = ["Loaded", "Prepared", "keep_loaded", "loaded_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,21 @@ class Loaded:
             },
             prompts=self.prepared.prompts,
         )
+
+
+_LOADED: WeakKeyDictionary[Any, Loaded] = WeakKeyDictionary()
+
+
+def keep_loaded(config: SearchConfig, loaded: Loaded) -> SearchConfig:
+    """Remembers, for the report, what the evaluators of a run were made of."""
+    for stage in config.stages:
+        _LOADED[stage.evaluator] = loaded
+    return config
+
+
+def loaded_of(config: SearchConfig) -> Loaded | None:
+    """What `keep_loaded` remembers of a run."""
+    return _LOADED.get(config.stages[-1].evaluator)
 
 
 def prepare(options: ExpertsOptions) -> Prepared:

@@ -16,6 +16,7 @@ from searchlab.experiments.benchmarks._common import Aim, Journal
 from searchlab.population import Population
 from searchlab.search import run
 from searchlab.spaces.experts import PruningSpace, ResidentExperts, pruning_space
+from searchlab.spaces.experts.variation import PruningVariation
 from searchlab.testing.tiny_moe import tiny_moe
 
 __all__ = ["planted"]
@@ -70,7 +71,8 @@ def planted(journal: Journal, quick: bool, folder: Path) -> None:
 
 
 def _evolution(group: float, row: float) -> AlgorithmSpec:
-    return AlgorithmSpec("evolution", {"n_random": STARTS})
+    variation = PruningVariation(group=group, row=row)
+    return AlgorithmSpec("evolution", {"n_random": STARTS, "variation": variation})
 
 
 def _agreement(

@@ -2,8 +2,8 @@
 
 A Mixtral of three layers with eight experts each, two per token, which reads one character at a
 time. It knows four kinds of text: prose, sums, reversed words and Python code. The checkpoint
-folder lies beside this file, with a task file for each kind and a card (`characters.json`) that
-says how it was trained and how well it does; `train_characters.py` writes all of it.
+folder lies beside this file, with a folder of task files and a card (`characters.json`) that says
+how it was trained and how well it does; `train_characters.py` writes all of it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 from searchlab.errors import DataError, unknown_name
 
-__all__ = ["CHARACTERS", "TASKS", "load_characters", "task_path"]
+__all__ = ["CHARACTERS", "TASKS", "character_card", "load_characters", "task_path"]
 
-CHARACTERS = Path(__file__).parent / "characters_model"
+_HERE = Path(__file__).parent
+CHARACTERS = _HERE / "characters_model"
 """The checkpoint folder, as `from_pretrained` takes it."""
 
 TASKS = ("prose", "arithmetic", "reversal", "code")
@@ -33,7 +34,19 @@ def task_path(name: str) -> Path:
     """
     if name not in TASKS:
         raise unknown_name("task of the character model", name, TASKS)
-    return CHARACTERS / f"{name}.jsonl"
+    return _HERE / "characters_tasks" / f"{name}.jsonl"
+
+
+def character_card() -> dict[str, Any]:
+    """How the model was trained, its accuracies, and which experts each kind of text chooses.
+
+    Raises:
+        DataError: a card of another format.
+    """
+    card: dict[str, Any] = json.loads((_HERE / "characters.json").read_text("utf-8"))
+    if card.get("format") != _FORMAT:
+        raise DataError(f"characters.json has format {card.get('format')!r}; allowed: {_FORMAT}")
+    return card
 
 
 def load_characters() -> tuple[Any, Any]:
@@ -44,9 +57,7 @@ def load_characters() -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    card = json.loads((CHARACTERS / "characters.json").read_text("utf-8"))
-    if card.get("format") != _FORMAT:
-        raise DataError(f"characters.json has format {card.get('format')!r}; allowed: {_FORMAT}")
+    card = character_card()
     found = hashlib.sha256((CHARACTERS / "model.safetensors").read_bytes()).hexdigest()
     if found != card["sha256"]:
         raise DataError(f"model.safetensors of {CHARACTERS} has hash {found}, not {card['sha256']}")

@@ -1,4 +1,4 @@
-"""Trains the character model with specialised experts and writes it as a plain checkpoint folder.
+"""Trains the character model with specialised experts and writes it with its tasks and card.
 
     python -m searchlab.experiments.zoo.train_characters --out runs/characters
 
@@ -326,10 +326,12 @@ def _write(training: _Training, out: Path, asked: int) -> dict[str, Any]:
     model = training.averaged()
     figures = {kind: accuracy(model, questions(kind, asked, 77)) for kind in KINDS}
     print("accuracy", figures, flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(out)
-    _tokenizer().save_pretrained(out)
-    weights = (out / "model.safetensors").read_bytes()
+    folder, tasks = out / "characters_model", out / "characters_tasks"
+    tasks.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    weights = (folder / "model.safetensors").read_bytes()
     digest = hashlib.blake2b("".join(text(k, False) for k in ("prose", "code")).encode())
     card: dict[str, Any] = {
         "format": 1,
@@ -344,7 +346,7 @@ def _write(training: _Training, out: Path, asked: int) -> dict[str, Any]:
         "chosen": specialisation(model.float(), training.settings),
     }
     for kind in KINDS:
-        write_task(out / f"{kind}.jsonl", kind, counts=TASK_COUNTS, seed=_TASK_SEED)
+        write_task(tasks / f"{kind}.jsonl", kind, counts=TASK_COUNTS, seed=_TASK_SEED)
     (out / "characters.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
     return card
 
@@ -356,7 +358,7 @@ def train(
 
     Args:
         settings: every value that shapes the weights.
-        out: gets `training.safetensors` between pieces, and the checkpoint at the end.
+        out: gets `training.safetensors` between pieces; at the end checkpoint, tasks and card.
         minutes: of this piece.
         asked: questions per kind for the accuracies of the card.
 

@@ -76,7 +76,12 @@ def test_pieces_train_the_weights_of_one_piece(tmp_path: Path) -> None:
     training.advance()
     training.save(pieces / "training.safetensors")
     assert train(small, pieces, asked=2)
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "prose.jsonl"):
+    for name in (
+        "characters_model/model.safetensors",
+        "characters_model/config.json",
+        "characters_model/tokenizer.json",
+        "characters_tasks/prose.jsonl",
+    ):
         assert (tmp_path / "whole" / name).read_bytes() == (pieces / name).read_bytes()
     with pytest.raises(ConfigError, match="other settings"):
         (pieces / "training.safetensors").write_bytes(b"")
@@ -95,7 +100,7 @@ def test_the_tokenizer_reads_one_character_a_token() -> None:
 
 def test_the_bundled_model_is_good_at_each_task_by_different_experts() -> None:
     model, _ = characters.load_characters()
-    card = json.loads((characters.CHARACTERS / "characters.json").read_text("utf-8"))
+    card = characters.character_card()
     assert 2**19 < (characters.CHARACTERS / "model.safetensors").stat().st_size < 1.5 * 2**20
     for kind in characters.TASKS:
         lines = characters.task_path(kind).read_text("utf-8").splitlines()
