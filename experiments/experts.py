@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPE", "ExpertsOptions", "build"]
 
-Metric = Literal["options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"]
 PAPER = (31, 70, 301)  # random subsets, children of the pruning phase, of the merging phase
 
 
@@ -50,7 +49,9 @@ class ExpertsOptions:
     task: str | None = _option(
         None, "JSON lines of prompt, options, answer; for zoo also a name: arithmetic, code, ..."
     )
-    metric: Metric = _option(
+    metric: Literal[
+        "options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"
+    ] = _option(
         "options",
         "options: likeliest option; options_mean: per token; first_token: its greedy beginning; "
         "kl_self: divergence from the full model's own answers; perplexity; exact_match: generated",

@@ -44,9 +44,10 @@ def check_command(command: str) -> None:
     """Raises ConfigError for a command without {export}, unknown marks, or quotes left open."""
     found = {match[2] for match in _MARK.finditer(command) if match[2]}
     if unknown := sorted(found - set(_KNOWN)):
+        known = ", ".join(f"{{{name}}}" for name in _KNOWN)
         raise ConfigError(
-            f"placeholder {{{unknown[0]}}} in the command; allowed: "
-            f"{', '.join(f'{{{name}}}' for name in _KNOWN)} ({{{{{unknown[0]}}}}} stands for itself)"
+            f"placeholder {{{unknown[0]}}} in the command; allowed: {known} "
+            f"({{{{{unknown[0]}}}}} stands for itself)"
         )
     if "export" not in found:
         raise ConfigError(f"the command {command!r} does not use {{export}}")

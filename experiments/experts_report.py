@@ -85,7 +85,7 @@ def sections(config: SearchConfig, result: Result) -> list[Section]:
     folder = None if result.out is None else result.out / "export"
     if folder is not None and (folder / "config.json").is_file():
         out.append(Section("Memory and speed", table=_costs(loaded, folder)))
-        out.append(Section("Serving", pre=_serving(folder, plan)))
+        out.append(Section("Serving", pre=_serving(folder)))
         out += _judged(loaded, folder)
     elif folder is not None and (folder / REASON).is_file():
         text = (folder / REASON).read_text("utf-8").strip()
@@ -106,7 +106,8 @@ def compared(loaded: Loaded, config: SearchConfig, result: Result) -> list[Entry
         entries.append(_random(loaded, space.masks(drawn)))
     entries += [Entry(name, _masked(loaded, mask[None]), {}) for name, mask in loaded.known.items()]
     entries += [
-        Entry(name, _foreign(loaded, Path(folder)), {}) for name, folder in options.foreign().items()
+        Entry(name, _foreign(loaded, Path(folder)), {})
+        for name, folder in options.foreign().items()
     ]
     first = config.stages[0]
     best = _best_of_first(config, result)
@@ -247,8 +248,8 @@ def _text(loaded: Loaded, entries: list[Entry]) -> str:
     task = loaded.prepared.task
     counts = ", ".join(f"{len(task.splits[split])} {split}" for split, _ in SPLITS)
     text = (
-        f"Task {task.name}: {counts} items. Brackets are 95 % intervals over items; differences are "
-        "paired, on the report items. Nothing was chosen by the report column."
+        f"Task {task.name}: {counts} items. Brackets are 95 % intervals over items; differences "
+        "are paired, on the report items. Nothing was chosen by the report column."
     )
     majority = entries[0].splits["report"][0].majority
     if not math.isnan(majority):
@@ -314,8 +315,9 @@ def _speed(loaded: Loaded, model: Any) -> float:
     return count / best
 
 
-def _serving(folder: Path, plan: Any) -> str:
-    trust = "" if plan.uniform or not (folder / "searchlab_experts.py").exists() else " \\\n  --trust-remote-code"
+def _serving(folder: Path) -> str:
+    own = (folder / "searchlab_experts.py").exists()
+    trust = " --trust-remote-code" if own else ""
     return f"vllm serve {folder}{trust}"
 
 
@@ -330,9 +332,7 @@ def _judged(loaded: Loaded, folder: Path) -> list[Section]:
         "full": source_folder(options.model),
         **{name: Path(where) for name, where in options.foreign().items()},
     }
-    said = [
-        judge(command, name, where, timeout_s=options.timeout) for name, where in named.items()
-    ]
+    said = [judge(command, name, where, timeout_s=options.timeout) for name, where in named.items()]
     return [
         Section(
             "Judged by the command",

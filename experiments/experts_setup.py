@@ -244,10 +244,14 @@ def prepare(options: ExpertsOptions) -> Prepared:
     if options.merges:
         prepared.merging()
     # Items are looked at with a metric that needs no model but refuses what the real one would.
-    problem = LanguageProblem(task, prompts, settings, answer=lambda contexts: [(0,)] * len(contexts))
+    problem = LanguageProblem(
+        task, prompts, settings, answer=lambda contexts: [(0,)] * len(contexts)
+    )
     for split in BANKS:
         problem.part(split)
-    said = f"{each} of {layout.experts} experts in each of" if each else f"{total} experts in all of"
+    said = (
+        f"{each} of {layout.experts} experts in each of" if each else f"{total} experts in all of"
+    )
     print(f"keeps {said} {len(layout.blocks)} blocks", file=sys.stderr)
     return prepared
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from searchlab.algorithms.evolution import ParentRule
-from searchlab.config import AlgorithmSpec, Budget, Stage
+from searchlab.config import AlgorithmSpec, Stage
 from searchlab.errors import ConfigError
 from searchlab.spaces.experts.merging import AdoptPruned
 from searchlab.spaces.experts.variation import MergingVariation, PruningVariation
@@ -40,7 +40,13 @@ def stages_of(loaded: Loaded) -> list[Stage]:
         spec = algorithm_of(loaded, budget.evaluations)
         return [
             Stage(
-                "prune", loaded.space, loaded.evaluator, spec, budget, seeds=known, chunk=_chunk(loaded)
+                "prune",
+                loaded.space,
+                loaded.evaluator,
+                spec,
+                budget,
+                seeds=known,
+                chunk=_chunk(loaded),
             )
         ]
     if budget.evaluations is None:
@@ -113,9 +119,10 @@ def algorithm_of(loaded: Loaded, evaluations: int | None) -> AlgorithmSpec:
 
 
 def _paper(loaded: Loaded) -> list[Stage]:
-    """The released search: random subsets, children of them, merged children of all of those.
+    """The released search: random subsets, children of them, then merged children of all of those.
 
-    Both phases are in the space of merged experts, so that no candidate is paid for twice.
+    It is one stage whose operator changes, in the space of merged experts, so that everything that
+    was scored stays a parent.
 
     Source: the released code of arXiv 2407.00945. It scores a candidate again when it comes up
     again; here another one is drawn, so that the numbers of evaluations are the same.
@@ -123,42 +130,22 @@ def _paper(loaded: Loaded) -> list[Stage]:
     from searchlab.experiments.experts import PAPER
 
     space = loaded.prepared.merging()
-    evaluator = loaded.merged(space)
-    counted = loaded.evaluator.objectives[0].direction == "max"
+    starts, pruned, _ = PAPER
     limit = sum(PAPER)
-    near = ParentRule("threshold", margin=_PARENTS, limit=limit)
-    nearer = ParentRule("threshold", margin=_MATES, limit=limit)
-    if not counted:  # points of an accuracy say nothing of a divergence
+    if loaded.evaluator.objectives[0].direction == "max":
+        near = ParentRule("threshold", margin=_PARENTS, limit=limit)
+        nearer = ParentRule("threshold", margin=_MATES, limit=limit, least=6)
+    else:  # points of an accuracy say nothing of a divergence
         near = nearer = ParentRule("rank", mu=20)
-    starts, pruned, merged = PAPER
-    return [
-        Stage(
-            "prune",
-            space,
-            evaluator,
-            AlgorithmSpec(
-                "evolution",
-                {"n_random": starts, "parents": near, "variation": PruningVariation.released()},
-            ),
-            Budget(starts + pruned),
-            chunk=1,
-        ),
-        Stage(
-            "merge",
-            space,
-            evaluator,
-            AlgorithmSpec(
-                "evolution",
-                {
-                    "n_random": 0,
-                    "parents": near,
-                    "mating": 0.3,
-                    "mates": nearer,
-                    "variation": MergingVariation(),
-                },
-            ),
-            Budget(merged),
-            adopt=AdoptPruned(starts + pruned),
-            chunk=1,
-        ),
-    ]
+    settings: dict[str, Any] = {
+        "n_random": starts,
+        "parents": near,
+        "variation": MergingVariation(),
+        "mating": 0.3,
+        "mates": nearer,
+        "early": PruningVariation.released(),
+        "early_until": starts + pruned,
+    }
+    spec = AlgorithmSpec("evolution", settings)
+    budget = loaded.prepared.options.limits()
+    return [Stage("prune and merge", space, loaded.merged(space), spec, budget, chunk=1)]

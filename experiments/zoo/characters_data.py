@@ -1,8 +1,8 @@
 """What the character model learns and is asked: prose and code of Python itself, sums, reversals.
 
 Prose is the language reference that Python carries for its own help and the standard library's
-docstrings, code that library's, all of the Python that runs this. The rest is drawn. A part of every kind is held out of training,
-and the task files are made of that part only.
+docstrings, code that library's, all of the Python that runs this. The rest is drawn. A part of
+every kind is held out of training, and the task files are made of that part only.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 
 KINDS = ("prose", "arithmetic", "reversal", "code")
 
-_MODULES = (
-    "abc argparse ast asyncio.base_events base64 bdb bisect calendar cgitb cmd codecs collections "
-    "compileall configparser contextlib copy csv dataclasses datetime decimal difflib dis doctest "
-    "email.message enum filecmp fileinput fractions ftplib functools getopt gettext glob gzip "
-    "heapq html.parser http.client http.cookiejar http.server imaplib inspect ipaddress json "
-    "json.decoder linecache locale logging logging.handlers lzma mailbox mimetypes "
-    "multiprocessing.pool nntplib optparse os pathlib pdb pickle pickletools pkgutil platform "
-    "plistlib poplib pprint profile pstats pydoc queue random re reprlib sched selectors shelve "
-    "shlex shutil smtplib socket socketserver ssl statistics string subprocess symtable tarfile "
-    "telnetlib tempfile textwrap threading timeit tokenize trace traceback turtle types typing "
-    "unittest.case unittest.mock urllib.parse urllib.request uuid warnings weakref webbrowser "
-    "xml.dom.minidom xml.etree.ElementTree zipfile"
-).split()
+_MODULES = """
+abc argparse ast asyncio.base_events base64 bdb bisect calendar cgitb cmd codecs collections
+compileall configparser contextlib copy csv dataclasses datetime decimal difflib dis doctest
+email.message enum filecmp fileinput fractions ftplib functools getopt gettext glob gzip heapq
+html.parser http.client http.cookiejar http.server imaplib inspect ipaddress json json.decoder
+linecache locale logging logging.handlers lzma mailbox mimetypes multiprocessing.pool nntplib
+optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile
+pstats pydoc queue random re reprlib sched selectors shelve shlex shutil smtplib socket
+socketserver ssl statistics string subprocess symtable tarfile telnetlib tempfile textwrap
+threading timeit tokenize trace traceback turtle types typing unittest.case unittest.mock
+urllib.parse urllib.request uuid warnings weakref webbrowser xml.dom.minidom
+xml.etree.ElementTree zipfile
+"""
 
 _OPTIONS = 4
 _CONTEXT, _CONTINUED = 64, 14  # characters of a question about prose or code
@@ -68,7 +68,7 @@ def text(kind: str, held_out: bool) -> str:
         for name in sorted(topics):
             if _held_out(name) == held_out:
                 parts += [_prose(p) for p in topics[name].split("\n\n") if _is_prose(p)]
-    for name in _MODULES:
+    for name in _MODULES.split():
         if _held_out(name) == held_out:
             parts += _docs(_tree(name)) if kind == "prose" else [_code(_tree(name))]
     return (" " if kind == "prose" else "\n").join(parts)
@@ -217,10 +217,9 @@ def _ask_text(kind: str, random_: random.Random) -> tuple[str, list[str]]:
     begin = max(begin, cut - _CONTEXT)
     answer = whole[cut : cut + _CONTINUED]
     swaps = [at for at in range(1, _CONTINUED - 1) if answer[at] != answer[at + 1]]
-    options = [answer]
-    for at in random_.sample(swaps, min(len(swaps), _OPTIONS - 1)):
-        options.append(answer[:at] + answer[at + 1] + answer[at] + answer[at + 2 :])
-    return whole[begin:cut], options
+    chosen = random_.sample(swaps, min(len(swaps), _OPTIONS - 1))
+    wrong = [answer[:at] + answer[at + 1] + answer[at] + answer[at + 2 :] for at in chosen]
+    return whole[begin:cut], [answer, *wrong]
 
 
 _DRAWN: dict[str, Callable[[random.Random], tuple[str, list[str]]]] = {

@@ -146,8 +146,10 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _rate(step: int, settings: CharacterSettings) -> float:
     warm = min(1.0, (step + 1) / settings.warm_up)
-    return settings.learning_rate * warm * (
-        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return (
+        settings.learning_rate
+        * warm
+        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
     )
 
 
@@ -168,7 +170,9 @@ class _Training:
         return {"w": weights, "a": self.average, "m": self.first, "v": self.second}
 
     def save(self, path: Path) -> None:
-        tensors = {f"{k} {name}": t for k, part in self._parts().items() for name, t in part.items()}
+        tensors = {
+            f"{k} {name}": t for k, part in self._parts().items() for name, t in part.items()
+        }
         card = {"step": str(self.step), "seconds": str(self.seconds)}
         card["settings"] = json.dumps(asdict(self.settings))
         save_file(tensors, path.with_suffix(".new"), metadata=card)
