@@ -7,8 +7,9 @@ model. Both end as they began, bit for bit, also after an exception.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from searchlab.cuda_ext import merge_experts
 from searchlab.errors import ConfigError, SpaceError
 from searchlab.spaces.experts.families import Family, family_of, layout_of
 from searchlab.spaces.experts.routing import MODES, RouterMode, Rule, choose
@@ -37,6 +39,7 @@ class _Routing:
         self.rows: Tensor | None = None
         self.table: Tensor | None = None
         self.own: dict[str, Tensor] = {}  # the router's tensors with kept experts only
+        self.renumbered = False  # experts of the answer are places, as in a model that was cut
         self.floored: Tensor | None = None
 
     @property
@@ -95,11 +98,31 @@ class _Routing:
             table=self.table,
             correction=self.tensor("e_score_correction_bias"),
         )
-        if self.own and self.index is not None:
+        if self.own and self.index is not None and not self.renumbered:
             experts = self.index[0][experts]
         if floored is not None:
             self.floored = floored if self.floored is None else self.floored + floored
         return logits, weights, experts
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One block's merged experts.
+
+    Attributes:
+        table: (E', E), what they were made by.
+        buffers: name of the parameter -> (E', ...).
+    """
+
+    table: NDArray[np.float64]
+    buffers: dict[str, Tensor]
+
+
+def one_hot(table: NDArray[Any]) -> NDArray[np.float64]:
+    """A single 1 per row of (E', E), at the greatest coefficient."""
+    out = np.zeros(table.shape)
+    out[np.arange(len(table)), table.argmax(axis=1)] = 1.0
+    return out
 
 
 class ResidentExperts:
@@ -146,6 +169,7 @@ class ResidentExperts:
             _Routing(router, self._rule, wide=self.family.wide) for router in self.routers
         ]
         self._active = False
+        self._merged: dict[int, _Merged] = {}
 
     @property
     def floored(self) -> int:
@@ -210,9 +234,121 @@ class ResidentExperts:
             routing.rule = self._rule if grouped else self._flat_rule
             routing.mode = router_mode
             routing.k = k
+            routing.renumbered = False
             routing.cut()
         with self._in_place(k):
             yield
+
+    @contextmanager
+    def merged(
+        self,
+        merge: Sequence[NDArray[Any] | Tensor],
+        *,
+        route: Sequence[NDArray[Any] | Tensor] | None = None,
+        router_mode: RouterMode = "slice",
+        top_k: int | None = None,
+        flat: bool = False,
+    ) -> Iterator[None]:
+        """Every forward inside has weighted sums of the experts in their places.
+
+        The sums stand in buffers beside the model, which are kept for the next call; a block whose
+        matrix is the same as there is not summed again (see `release`).
+
+        Args:
+            merge: per block (E', E): row j makes expert j. A row with a single 1 copies.
+            route: per block (E', E), what the router does. "slice": row j names the expert whose
+                logit expert j gets, by a single 1. "prob": scores of all experts are mapped after
+                the softmax (negative results count as 0) and before the choice. "logit": logits
+                are mapped. None = "slice" by the greatest coefficient of each row of `merge`.
+            router_mode: see `route`.
+            top_k: experts per token; None = the model's.
+            flat: routing without groups. With groups, rows 0 .. E'/n - 1 are the first group.
+
+        Raises:
+            SpaceError: matrices of another shape, or with what is not finite; counts as in
+                `masked`.
+            ConfigError: a mode without its matrices; experts that are no plain floating numbers.
+
+        Source: arXiv 2407.00945, section 3.2 ("prob"). The other modes are additions: their results
+        are models that stock runtimes load.
+        """
+        tables = self._tables("merge", merge)
+        if router_mode not in MODES:
+            raise ConfigError(f"router mode {router_mode!r}; allowed: {', '.join(MODES)}")
+        if route is None and router_mode != "slice":
+            raise ConfigError(f"router mode {router_mode!r} without route; allowed: slice")
+        if route is None:
+            routes = [one_hot(table) for table in tables]
+        else:
+            routes = self._tables("route", route)
+        for layer, table, other in zip(self.layout.blocks, tables, routes, strict=True):
+            if table.shape != other.shape:
+                raise SpaceError(
+                    f"layer {layer}: merge {table.shape} and route {other.shape}; allowed: equal"
+                )
+            self.layout.check_count(len(table), top_k=top_k, flat=flat)
+            if router_mode == "slice" and not np.array_equal(other, one_hot(other)):
+                raise SpaceError(
+                    f"layer {layer}: route of mode 'slice' has rows that are not one-hot; allowed: "
+                    "prob and logit, which map"
+                )
+        k = self.layout.top_k if top_k is None else top_k
+        for routing, other in zip(self._routing, routes, strict=True):
+            sliced = router_mode == "slice"
+            chosen = other.argmax(axis=1)[None].astype(np.int64)
+            _hold(routing, "index", chosen if sliced else None, routing.device)
+            mapped = None if sliced else other.astype(np.float32)
+            _hold(routing, "table", mapped, routing.device)
+            routing.absent = routing.rows = None
+            routing.rule = self._flat_rule if flat else self._rule
+            routing.mode = router_mode
+            routing.k = k
+            routing.renumbered = True
+            routing.cut()
+        self._sum(tables)
+        with self._in_place(k, [len(table) for table in tables]):
+            yield
+
+    def _tables(
+        self, name: str, tables: Sequence[NDArray[Any] | Tensor]
+    ) -> list[NDArray[np.float64]]:
+        if len(tables) != len(self.blocks):
+            raise SpaceError(f"{name}: {len(tables)} matrices for {len(self.blocks)} blocks")
+        out = []
+        for layer, given in zip(self.layout.blocks, tables, strict=True):
+            table = np.asarray(given.cpu() if isinstance(given, Tensor) else given, np.float64)
+            if table.ndim != 2 or table.shape[1] != self.layout.experts:
+                raise SpaceError(
+                    f"layer {layer}: {name} of shape {table.shape}; allowed: "
+                    f"(E', {self.layout.experts})"
+                )
+            if not np.isfinite(table).all():
+                raise SpaceError(f"layer {layer}: {name} has coefficients that are not finite")
+            out.append(table)
+        return out
+
+    def _sum(self, tables: Sequence[NDArray[np.float64]]) -> None:
+        """Fills the buffers of blocks whose matrix is another one than there."""
+        for number, (experts, table) in enumerate(zip(self.experts, tables, strict=True)):
+            held = self._merged.get(number)
+            if held is not None and np.array_equal(held.table, table):
+                continue
+            self._merged.pop(number, None)  # what an interruption leaves half-written is not valid
+            buffers = held.buffers if held is not None and held.table.shape == table.shape else {}
+            matrix = torch.from_numpy(table)
+            made: dict[str, Tensor] = {}
+            for name, weight in experts.named_parameters(recurse=False):
+                if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise ConfigError(
+                        f"experts of layer {self.layout.blocks[number]} are {weight.dtype}; "
+                        "merging needs plain weights (--dequantize bf16), pruning does not"
+                    )
+                made[name] = merge_experts(matrix, weight.detach(), buffers.get(name))
+            self._merged[number] = _Merged(table, made)
+
+    def release(self) -> None:
+        """Lets go of the buffers of merged experts."""
+        self._merged.clear()
 
     def check(
         self, kept: NDArray[np.bool_], *, top_k: int | None = None, flat: bool = False
@@ -236,12 +372,13 @@ class ResidentExperts:
                 )
 
     @contextmanager
-    def _in_place(self, k: int) -> Iterator[None]:
+    def _in_place(self, k: int, merged: Sequence[int] = ()) -> Iterator[None]:
         """Routers answer by `_routing`; what they were stands again afterwards."""
         if self._active:
             raise ConfigError("experts are masked or merged already; allowed: one pass at a time")
         self._active = True
         saved: list[tuple[nn.Module, str, bool, Any]] = []
+        weights: list[tuple[nn.Module, str, nn.Parameter | None]] = []
 
         def put(module: nn.Module, name: str, value: Any) -> None:
             saved.append((module, name, name in module.__dict__, module.__dict__.get(name)))
@@ -253,8 +390,17 @@ class ResidentExperts:
                 for module in (block, routing.router):
                     if hasattr(module, "top_k"):
                         put(module, "top_k", k)
+            for number, count in enumerate(merged):
+                for module in (self.routers[number], self.experts[number]):
+                    put(module, "num_experts", count)
+                experts = self.experts[number]
+                for name, buffer in self._merged[number].buffers.items():
+                    weights.append((experts, name, experts._parameters[name]))
+                    experts._parameters[name] = nn.Parameter(buffer, requires_grad=False)
             yield
         finally:
+            for module, name, weight in weights:
+                module._parameters[name] = weight
             for module, name, there, value in reversed(saved):
                 if there:
                     module.__dict__[name] = value
@@ -306,8 +452,3 @@ def _hold(routing: _Routing, name: str, value: NDArray[Any] | None, device: torc
         old.copy_(new)
     else:
         setattr(routing, name, new.to(device))
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise ConfigError(f"router mode {mode!r}; allowed: {', '.join(MODES)}")

@@ -264,7 +264,9 @@ class PruningSpace(Space):
         column = np.asarray(population["experts"]) > 0
         if self.total is not None:
             return column.reshape(len(column), len(self.layout.blocks), self.layout.experts)
-        table: NDArray[np.bool_] = column.reshape(len(column), -1, self.layout.experts)
+        table: NDArray[np.bool_] = column.reshape(
+            len(column), int(self.of_block[-1]) + 1, self.layout.experts
+        )
         return table[:, self.of_block]
 
     def of_masks(self, masks: NDArray[np.bool_]) -> Population:
