@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
 from searchlab.evaluators.language.batches import Batch, Query, lay_out
 from searchlab.evaluators.language.forward import Applied, CandidateForward, takes_trees
@@ -73,6 +74,7 @@ class ExpertsEvaluator:
         within: for generation, from candidates and rows' numbers of candidates to the context of
             a call.
         exact: whether values do not depend on the other candidates of a chunk.
+        also: name -> figures (n,) of candidates that are minimised beside the metric.
     """
 
     prunes: ClassVar[bool] = True
@@ -89,6 +91,7 @@ class ExpertsEvaluator:
         at_once: int = 32,
         within: Callable[[Any, Tensor], AbstractContextManager[Any]] | None = None,
         exact: bool = False,
+        also: Mapping[str, Callable[[Population], NDArray[np.float64]]] | None = None,
     ) -> None:
         if at_once < 1:
             raise ConfigError(f"{at_once} candidates at once; allowed: 1 or more")
@@ -100,12 +103,13 @@ class ExpertsEvaluator:
         self._at_once = at_once
         self._within = within
         self._exact = exact
+        self._also = dict(also or {})
         self.measured = 0  # candidates times items, the base's own not counted
         self._static: StaticFigures | None = None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        return (self.problem.objective,)
+        return (self.problem.objective, *(Objective(name, "min") for name in self._also))
 
     @property
     def fidelities(self) -> tuple[Fidelity, ...]:
@@ -174,8 +178,9 @@ class ExpertsEvaluator:
         signals = np.full((n, len(self.signals)), np.nan)
         signals[:, 0], signals[:, 1] = found.nll.mean(axis=1), found.failures.mean(axis=1)
         signals[beyond] = np.nan
+        columns = [values, *(figure(jobs.population) for figure in self._also.values())]
         return Evaluations(
-            values=values,
+            values=np.stack(columns, axis=1),
             state=state,
             reason=[PRUNED_REASON if flag else "" for flag in beyond],
             signals=signals,
@@ -290,6 +295,7 @@ def experts_evaluator(
     forward: LayeredForward | None = None,
     identity: Mapping[str, Any] | None = None,
     at_once: int = 32,
+    also: Sequence[str] = (),
 ) -> ExpertsEvaluator:
     """An evaluator of kept experts.
 
@@ -304,6 +310,7 @@ def experts_evaluator(
         forward: how logits are made; None = the resident model, layer by layer.
         identity: of the model; None = its hash.
         at_once: most candidates of one pass of a resident model.
+        also: figures of `space.cost` that are minimised beside the metric, such as "bytes".
 
     Raises:
         ConfigError: neither a tokenizer nor prompts, an unknown metric.
@@ -363,11 +370,19 @@ def experts_evaluator(
         },
         at_once=at_once,
         within=within,
+        also={name: functools.partial(_cost, space, name) for name in also},
         # Greedy decoding regroups rows as they end, which last bits depend on.
         exact=device.type == "cpu"
         and model.dtype in (torch.float32, torch.float64)
         and settings.metric != "exact_match",
     )
+
+
+def _cost(space: Any, name: str, population: Population) -> NDArray[np.float64]:
+    figures = space.cost(population)
+    if name not in figures:
+        raise unknown_name("cost of the space", name, figures)
+    return np.asarray(figures[name], dtype=np.float64)
 
 
 def applied_evaluator(
