@@ -17,7 +17,12 @@ from torch import Tensor
 from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
 from searchlab.evaluators.language.batches import Batch, Query, lay_out
-from searchlab.evaluators.language.forward import Applied, CandidateForward, takes_trees
+from searchlab.evaluators.language.forward import (
+    Applied,
+    CandidateForward,
+    balance_of,
+    takes_trees,
+)
 from searchlab.evaluators.language.generation import ExactMatch, greedy
 from searchlab.evaluators.language.intervals import Summary, summarise
 from searchlab.evaluators.language.layered import LayeredForward
@@ -100,12 +105,25 @@ class ExpertsEvaluator:
         self._candidates = candidates
         self._base = base
         self._identity = dict(identity)
-        self._at_once = at_once
+        self._most = self._at_once = at_once
+        self._tokens = getattr(forward, "tokens", 0)
         self._within = within
         self._exact = exact
         self._also = dict(also or {})
         self.measured = 0  # candidates times items, the base's own not counted
         self._static: StaticFigures | None = None
+
+    @property
+    def micro_batch(self) -> int:
+        """Most candidates of one pass; with fewer, calls hold fewer tokens too."""
+        return self._at_once
+
+    @micro_batch.setter
+    def micro_batch(self, count: int) -> None:
+        self._at_once = max(1, count)
+        if isinstance(self.forward, LayeredForward):
+            self.forward.tokens = max(1, self._tokens * self._at_once // self._most)
+            self.forward.forget()
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -162,7 +180,7 @@ class ExpertsEvaluator:
             for start in range(0, len(rows), self._at_once if not streams else max(1, n)):
                 own = rows[start : start + self._at_once] if not streams else rows
                 for items, who, scores in self._scores(part, blocks, given[own]):
-                    at = np.ix_(own[who], items)
+                    at = np.ix_(own[who], np.array(items))
                     found.scores[at] = scores.scores
                     found.nll[at] = scores.nll
                     found.failures[at] = scores.failures
@@ -202,8 +220,8 @@ class ExpertsEvaluator:
         for start in range(0, len(given), self._at_once):
             own = np.arange(start, min(start + self._at_once, len(given)))
             for items, who, scores in self._scores(part, part.blocks, given[own]):
-                found.scores[np.ix_(own[who], items)] = scores.scores
-                found.failures[np.ix_(own[who], items)] = scores.failures
+                at = np.ix_(own[who], np.array(items))
+                found.scores[at], found.failures[at] = scores.scores, scores.failures
         task = self.problem.task
         return [
             summarise(task, split, part.value(float(row.mean())), row, failures=float(bad.mean()))
@@ -317,13 +335,13 @@ def experts_evaluator(
     """
     settings = metric if isinstance(metric, LanguageSettings) else LanguageSettings(metric)  # type: ignore[arg-type]
     model: Any = resident.model
-    routing = {
+    routing: dict[str, Any] = {
         "active": getattr(space, "top_k", None),
         "flat": bool(getattr(space, "flat", False)),
         "router_mode": str(getattr(space, "router_mode", "slice")),
     }
     if forward is None:
-        forward = LayeredForward(resident, **routing)  # type: ignore[arg-type]
+        forward = LayeredForward(resident, **routing)
     else:
         forward.active, forward.flat = routing["active"], bool(routing["flat"])
         forward.router_mode = str(routing["router_mode"])
@@ -355,6 +373,7 @@ def experts_evaluator(
         prompts,
         settings,
         trees=lambda longest: takes_trees(model, longest),
+        balance=balance_of(model, device),
         answer=_answerer(forward, prompts, settings, full),
         device=device,
     )
@@ -423,6 +442,7 @@ def applied_evaluator(
         prompts,
         settings,
         trees=lambda longest: takes_trees(model, longest),
+        balance=balance_of(model),
         answer=lambda contexts: greedy(
             model, contexts, new_tokens=settings.new_tokens, prompts=prompts, until=settings.until
         ),
