@@ -191,6 +191,16 @@ class FunctionScore:
     def identity(self) -> Mapping[str, Any]:
         return {"function": self.name, "seed": self.seed, "version": self.version}
 
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Whether the model takes these weights: to be asked before a search.
+
+        Raises:
+            DataError: it does not.
+            ConfigError: `model` cannot be made, or makes something else.
+        """
+        if self.model is not None:
+            self._loaded(state)
+
     def score(
         self, state: dict[str, Tensor], fidelity: int, replicate: int
     ) -> tuple[Sequence[float], None]:
@@ -223,9 +233,18 @@ class FunctionScore:
         out: list[float] = numbers.tolist()
         return out
 
+    def _made(self) -> Any:
+        try:
+            return self.model()  # type: ignore[misc]
+        except Exception as error:  # whatever a user's function raises
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"the model of {self.name} cannot be made: {type(error).__name__}: {text}"
+            ) from None
+
     def _loaded(self, state: Mapping[str, Tensor]) -> nn.Module:
         if self._module is None:
-            made = self.model if isinstance(self.model, nn.Module) else self.model()  # type: ignore[misc]
+            made = self.model if isinstance(self.model, nn.Module) else self._made()
             if not isinstance(made, nn.Module):
                 raise ConfigError(f"model of {self.name} is {type(made).__name__}; allowed: Module")
             self._module = made.eval()

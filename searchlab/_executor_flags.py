@@ -101,8 +101,15 @@ def _add_cluster_flags(group: argparse._ArgumentGroup, taken: Collection[str]) -
 
 
 def _resources(text: str) -> dict[str, float]:
-    pairs = (part.partition("=") for part in text.split(","))
-    return {name: float(value) for name, _, value in pairs}
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {}
+    with suppress(ValueError):
+        found = {name.strip(): float(value) for name, _, value in pairs}
+    if len(found) != len(pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; allowed: names with amounts, each once, such as H200=1,disk=0.5"
+        )
+    return found
 
 
 def _lag(text: str) -> int | str:

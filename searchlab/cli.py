@@ -355,6 +355,7 @@ def _stored_result(options: argparse.Namespace) -> tuple[Any, Result]:
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from searchlab._stage_memory import memory_notes
     from searchlab.runs import find_run, open_config
     from searchlab.search import verify
     from searchlab.study import Database
@@ -365,8 +366,11 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         store = base.read(opened.address.name)
         count = len(store.records())
         differences = verify(opened.config, store)
+        memory = memory_notes(store)
     finally:
         base.close()
+    for line in memory:
+        print(line)
     for line in differences[:20]:
         print(line)
     if differences:

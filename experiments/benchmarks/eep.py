@@ -2,7 +2,9 @@
 
     python -m searchlab.experiments.benchmarks.eep [--quick] [--check] [--out F] [--only PART]
 
-Parts: `planted` (one of 400 subsets is the only best one: how often is it found, how soon),
+Parts: `exact` (seven families: masks, cut models, files loaded again, all to the bit), `operators`
+(the released rates; merges are linear), `merging` (a planted merge: what is left of the divergence),
+`racing` (stopping early changes no winner), `planted` (one of 400 subsets is the only best one: how often is it found, how soon),
 `half`, `quarter` (the bundled character model, four tasks: found subsets beside the full model,
 random ones and known rankings, on items that nothing was chosen by), `few` (40 evaluations in all,
 against REAP), `predictor` (half of the evaluations with a predictor).
@@ -18,11 +20,16 @@ from pathlib import Path
 
 import torch
 
+from searchlab.experiments.benchmarks import _eep_items as items
 from searchlab.experiments.benchmarks import _eep_zoo as zoo
 from searchlab.experiments.benchmarks._common import Journal, flags
 from searchlab.experiments.benchmarks._eep_planted import planted
 
 _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
+    "exact": items.exact,
+    "operators": items.operators,
+    "merging": items.merging,
+    "racing": items.racing,
     "planted": planted,
     "half": zoo.half,
     "quarter": zoo.quarter,

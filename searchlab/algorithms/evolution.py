@@ -18,6 +18,7 @@ from searchlab.space import Space
 
 __all__ = ["Evolution", "ParentRule"]
 
+MANY = 4  # times what a pool holds: from here on the best are looked for before columns are joined
 _EVERYWHERE = 0  # the niche of a search without niches
 
 
@@ -94,6 +95,9 @@ class _Pool:
         keep = rows[may]
         if not len(keep):
             return
+        if len(keep) > MANY * limit:
+            best = np.sort(np.lexsort((-told.ids[keep], f[may], v[may]))[:limit])
+            keep, may = keep[best], np.flatnonzero(may)[best]
         ids = np.concatenate([self.ids, told.ids[keep]])
         loss = np.concatenate([self.loss, f[may]])
         violation = np.concatenate([self.violation, v[may]])

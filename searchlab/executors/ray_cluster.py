@@ -26,6 +26,7 @@ GONE = 8.0  # seconds after which a head that cannot be reached is lost; Ray its
 LEAVE = 5.0  # seconds that leaving a cluster may take
 STORE = 200_000_000  # bytes of the object store of a cluster of our own, at least
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_NOT_CUSTOM = ("CPU", "GPU", "memory", "object_store_memory")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
 
@@ -51,6 +52,13 @@ class Need:
             if not 0 <= value < 1e6 or (value > 1 and value != int(value)):
                 raise ConfigError(
                     f"{value} {name} per worker; allowed: 0 to 1, or a whole number above"
+                )
+        for name in self.resources:
+            if name in _NOT_CUSTOM or not name.strip():
+                known = ", ".join(_NOT_CUSTOM)
+                raise ConfigError(
+                    f"custom resource {name!r}; allowed: any name but {known}, which have options "
+                    "of their own"
                 )
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
             raise ConfigError(f"memory {self.memory!r} per worker; allowed: bytes, 0 = no limit")

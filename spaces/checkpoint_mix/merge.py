@@ -13,6 +13,7 @@ from torch import Tensor
 from searchlab.cuda_ext.weighted_sum import weighted_sum
 from searchlab.errors import DataError, SpaceError
 from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
+from searchlab.spaces.checkpoint_mix.buffers import buffer
 from searchlab.spaces.checkpoint_mix.layout import Segment
 
 __all__ = ["convex", "merge", "move", "states"]
@@ -22,6 +23,10 @@ Array = NDArray[np.float64]
 # Products of matrices with fewer rows take another kernel, which rounds in another way. Padding to
 # this many rows makes a candidate's weights independent of how many are mixed along with it.
 LEAST_ROWS = 4
+
+# Rows further apart than this are beyond the integers of the matrix library, whose place a slow
+# loop then takes: they are filled from a small product.
+FARTHEST = 2**31 - 1
 
 
 def merge(
@@ -104,10 +109,11 @@ def _merge_block(
     if bank.delta is not None:
         padded[:, :, -1] = 0.0  # the newest is the base, and differs from it by nothing
     weights = torch.from_numpy(np.ascontiguousarray(padded.transpose(1, 0, 2))).to(wide)
-    out = torch.empty((p, size), dtype=wide)
-    part = torch.empty((rows, width), dtype=wide)
+    out = buffer((p, size), wide)
+    part = torch.empty((rows, width), dtype=wide)  # where rows are padded
     room = torch.empty((k, width), dtype=wide)
     same = bank.dtype_of(block) is wide
+    direct = rows == p and size <= FARTHEST
     at = 0
     for number, tile in bank.walk(block):
         first = number * width
@@ -119,12 +125,11 @@ def _merge_block(
             if segment.start >= last:
                 break
             low, high = max(first, segment.start), min(last, segment.end)
-            if high - low == width:
-                torch.mm(weights[segment.group], values, out=part)
-                out[:, low:high] = part[:p]
-            else:
-                mixed = weights[segment.group] @ values[:, low - first : high - first]
-                out[:, low:high] = mixed[:p]
+            stretch = values[:, low - first : high - first]
+            to = out[:, low:high] if direct else part[:, : high - low]
+            torch.mm(weights[segment.group], stretch, out=to)
+            if not direct:
+                out[:, low:high] = to[:p]
     base = bank.base(block)
     if base is not None:
         for segment in segments:

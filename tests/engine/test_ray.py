@@ -24,7 +24,7 @@ import process_tools
 from process_tools import mixed_space
 
 import searchlab
-from searchlab._executor_flags import add_flags, executor_options
+from searchlab._executor_flags import _resources, add_flags, executor_options
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
@@ -412,6 +412,8 @@ def test_beyond_this_machine_a_token_is_needed(
         ({"cpus": -1}, "-1 CPUs"),
         ({"resources": {"H200": 2.5}}, "2.5 H200"),
         ({"memory": -5}, "memory -5"),
+        ({"resources": {"CPU": 2}}, "custom resource 'CPU'"),
+        ({"resources": {"": 1}}, "custom resource ''"),
         ({"missing": "go"}, "missing 'go'"),
     ],
 )
@@ -445,6 +447,9 @@ def test_options_of_the_command_line(cluster: str) -> None:
     assert isinstance(built, RayExecutor)
     assert built.workers == 6
     assert built._setting.need == Need(1.0, 0.5, 24 * 10**9, {"disk": 1.0, "H200": 0.5})
+    for text in ("disk", "disk=much", "disk=1,disk=2", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="names with amounts, each once"):
+            _resources(text)
     with pytest.raises(ConfigError, match=r"option gpus 0\.5 with executor 'processes'"):
         executor_options(parser.parse_args(["--workers", "2", "--gpus-per-worker", "0.5"]))
 
