@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def _merged(
         "seed": seed,
         "search": best.search / before[0],
         "unseen": float(divergence(best.population, 1)[0]) / before[1],
-        "monotone": all(a >= b for a, b in zip(curve, curve[1:], strict=False)),
+        "monotone": all(a >= b for a, b in pairwise(curve)),
     }
 
 

@@ -2,12 +2,13 @@
 
     python -m searchlab.experiments.benchmarks.eep [--quick] [--check] [--out F] [--only PART]
 
-Parts: `exact` (seven families: masks, cut models, files loaded again, all to the bit), `operators`
-(the released rates; merges are linear), `merging` (a planted merge: what is left of the divergence),
-`racing` (stopping early changes no winner), `planted` (one of 400 subsets is the only best one: how often is it found, how soon),
-`half`, `quarter` (the bundled character model, four tasks: found subsets beside the full model,
-random ones and known rankings, on items that nothing was chosen by), `few` (40 evaluations in all,
-against REAP), `predictor` (half of the evaluations with a predictor).
+Parts: `exact` (seven families: masks, cut models and files loaded again, all to the bit),
+`operators` (the released rates; merges are linear), `merging` (a planted merge: what is left of the
+divergence), `racing` (stopping early changes no winner), `planted` (one of 400 subsets is the only
+best one: how often is it found, how soon), `half`, `quarter` (the bundled character model, four
+tasks: found subsets beside the full model, random ones and known rankings, on items that nothing
+was chosen by), `few` (40 evaluations in all, against REAP), `predictor` (half of the evaluations
+with a predictor).
 """
 
 from __future__ import annotations
