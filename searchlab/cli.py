@@ -125,7 +125,7 @@ def _parser() -> _Parser:
     command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
-    for module in ("export", "dashboard", "compare", "check", "salvage", "predictor"):
+    for module in ("export", "apply", "dashboard", "compare", "check", "salvage", "predictor"):
         importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 

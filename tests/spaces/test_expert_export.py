@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -149,6 +150,47 @@ def test_smaller_blocks_are_filled_up_with_dead_experts(
     assert "never chosen" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2"])
+def test_different_counts_are_shipped_with_a_model_class(
+    name: str, bases: Any, tmp_path: Path
+) -> None:
+    resident, folder = bases[name]
+    plan = plan_of(resident, [[0, 1, 2, 4, 5, 7], [1, 2, 4, 7]])
+    export_checkpoint(folder, plan, tmp_path)
+    again = loaded(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        wanted = cut_model(resident, plan.mask)(tokens()).logits
+    assert torch.equal(logits(again), wanted)
+    counts = {str(layer): len(row) for layer, row in zip(plan.blocks, plan.kept, strict=True)}
+    assert json.loads((tmp_path / "config.json").read_text())["expert_counts"] == counts
+    # The stock class must refuse the files, not make up the experts that are missing.
+    with pytest.raises(RuntimeError, match="mismatch"):
+        loaded(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("name", TINY_MOE)
+@pytest.mark.parametrize("mode", ["slice", "logit"])
+def test_merged_experts_are_written(name: str, mode: Any, bases: Any, tmp_path: Path) -> None:
+    resident, folder = bases[name]
+    rng = np.random.default_rng(0)
+    merge = np.eye(8)[[0, 3, 5, 6]] + 0.1 * rng.normal(size=(2, 4, 8))
+    route = np.eye(8)[[0, 3, 5, 6]] + 0.1 * rng.normal(size=(2, 4, 8))
+    nested = {"merge": merge, **({} if mode == "slice" else {"route": route})}
+    plan = plan_of(
+        resident,
+        [[0, 3, 5, 6]] * 2,
+        router_mode=mode,
+        **{key: tuple(tuple(map(tuple, m)) for m in v.tolist()) for key, v in nested.items()},
+    )
+    export_checkpoint(folder, plan, tmp_path)
+    with resident.merged(
+        list(merge), route=None if mode == "slice" else list(route), router_mode=mode
+    ):
+        wanted = logits(resident.model)
+    torch.testing.assert_close(logits(loaded(tmp_path)), wanted, rtol=1e-5, atol=1e-5)
+    assert read_plan(tmp_path).merge == plan.merge
+
+
 # -- formats ------------------------------------------------------------------------------------
 
 
@@ -258,18 +300,25 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     import subprocess
     import sys
 
+    tensors = {}
+    for layer in range(2):
+        head = f"model.layers.{layer}.mlp."
+        tensors[head + "experts.gate_up_proj"] = torch.zeros(32, 256, 1024)
+        tensors[head + "experts.down_proj"] = torch.zeros(32, 512, 256)
+        tensors[head + "router.weight"] = torch.zeros(32, 256)
+        tensors[head + "router.bias"] = torch.zeros(32)
     (tmp_path / "base").mkdir()
-    model = tiny_moe("mixtral", hidden_size=256, intermediate_size=2048, num_local_experts=16)
-    model.save_pretrained(tmp_path / "base")
-    size = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
-    assert size > 190e6
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 32}
+    config |= {"hidden_size": 256, "intermediate_size": 512, "num_experts_per_tok": 4}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     code = (
         "import resource, sys\n"
         "from searchlab.spaces.experts.export import export_checkpoint\n"
         "from searchlab.spaces.experts.files import ExpertFiles\n"
         "from searchlab.spaces.experts.plan import ExpertPlan\n"
         "files = ExpertFiles(sys.argv[1])\n"
-        "plan = ExpertPlan('mixtral', (0, 1), 16, 2, (tuple(range(0, 16, 2)),) * 2)\n"
+        "plan = ExpertPlan('gpt_oss', (0, 1), 32, 4, (tuple(range(0, 32, 2)),) * 2)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "export_checkpoint(files, plan, sys.argv[2])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -280,7 +329,8 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert int(run.stdout) * 1024 < 20e6  # the largest tensor has 67e6 bytes
+    assert (tmp_path / "cut" / "model.safetensors").stat().st_size > 50e6
+    assert int(run.stdout) * 1024 < 8e6  # the largest tensor has 33.6e6 bytes
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -297,6 +347,15 @@ def test_plans_and_files_that_do_not_fit_are_refused(bases: Any, tmp_path: Path)
         export_checkpoint(folder, plan_of(resident, [[0, 1, 2]] * 2), folder)
     with pytest.raises(DataError, match=r"no readable config\.json"):
         ExpertFiles(tmp_path)
+    table = tuple(tuple(map(tuple, np.eye(8)[:3].tolist())) for _ in range(2))
+    merged = plan_of(resident, [[0, 1, 2]] * 2, merge=table, route=table, router_mode="prob")
+    with pytest.raises(ConfigError, match="'prob' cannot be stored"):
+        export_checkpoint(folder, merged, tmp_path)
+    (tmp_path / "quantised").mkdir()
+    quantised = ExpertFiles(_quantised("fp8", tmp_path / "quantised"))
+    merged = ExpertPlan("qwen3_moe", (0, 1), 8, 2, ((0, 1, 2),) * 2, merge=table)
+    with pytest.raises(ConfigError, match="--dequantize bf16"):
+        export_checkpoint(quantised, merged, tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(DataError, match="no safetensors files"):
         ExpertFiles(tmp_path)
