@@ -15,6 +15,7 @@ phase. Models and evaluators are imported where they are needed, so that listing
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -177,7 +178,9 @@ def build(options: ExpertsOptions) -> SearchConfig:
     from searchlab.experiments.experts_setup import keep_loaded, prepare
     from searchlab.experiments.experts_stages import stages_of
 
-    loaded = prepare(options).load()
+    prepared = prepare(options)
+    print(prepared, file=sys.stderr)
+    loaded = prepared.load()
     config = SearchConfig(
         tuple(stages_of(loaded)),
         name=RECIPE.name,
@@ -197,6 +200,13 @@ def export(config: SearchConfig, result: Result, directory: Path, form: str) -> 
     return write(config, result, directory, form)
 
 
+def apply(plan: Path, model: Path, directory: Path, dequantize: str | None) -> list[Path]:
+    """Writes the checkpoint that a plan makes of another model, see `experts_apply`."""
+    from searchlab.experiments.experts_apply import apply as write
+
+    return write(plan, model, directory, dequantize)
+
+
 def sections(config: SearchConfig, result: Result) -> Sequence[Section]:
     """Report sections of this room."""
     from searchlab.experiments.experts_report import sections as make
@@ -211,4 +221,5 @@ RECIPE = Recipe(
     build,
     sections=sections,
     export=export,
+    apply=apply,
 )

@@ -89,7 +89,9 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: str | None =
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and torch.device(device).type == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +57,12 @@ class Prepared:
     prompts: Prompts
     settings: LanguageSettings
 
+    def __str__(self) -> str:
+        blocks, experts = len(self.layout.blocks), self.layout.experts
+        if self.keep is None:
+            return f"keeps {self.total} experts in all of {blocks} blocks"
+        return f"keeps {self.keep} of {experts} experts in each of {blocks} blocks"
+
     @property
     def router_mode(self) -> Any:
         """What the router scores: the paper's way in its preset."""
@@ -102,6 +107,7 @@ class Prepared:
 
         from searchlab.evaluators.language.calibration import baselines, calibrate
         from searchlab.evaluators.language.experts import experts_evaluator
+        from searchlab.evaluators.language.static_figures import StaticFigures
         from searchlab.spaces.experts import ResidentExperts
 
         options = self.options
@@ -126,6 +132,8 @@ class Prepared:
         if batches:
             forward: Any = evaluator.forward
             calibration = calibrate(forward, batches)
+            if options.guided:
+                evaluator.add_signals(StaticFigures(calibration))
             known = baselines(space, calibration)
             used = calibration.counts
         return Loaded(self, resident, space, evaluator, known, used)
@@ -249,10 +257,6 @@ def prepare(options: ExpertsOptions) -> Prepared:
     )
     for split in BANKS:
         problem.part(split)
-    said = (
-        f"{each} of {layout.experts} experts in each of" if each else f"{total} experts in all of"
-    )
-    print(f"keeps {said} {len(layout.blocks)} blocks", file=sys.stderr)
     return prepared
 
 

@@ -21,6 +21,7 @@ __all__ = ["FEW", "algorithm_of", "known_points", "stages_of"]
 
 FEW = 60  # evaluations up to which nothing is drawn at random
 _STARTS = 8  # random subsets of a longer search
+_POOL = 12  # the best that may be parents; what is worse stops early
 _SHARE = 0.6  # of the evaluations for pruning, where merging follows
 _PARENTS, _MATES = 0.03, 0.01  # of accuracy: 3 points and 1 point below the best
 
@@ -109,7 +110,8 @@ def algorithm_of(loaded: Loaded, evaluations: int | None) -> AlgorithmSpec:
     settings: dict[str, Any] = {
         "n_random": 0 if few and loaded.known else _STARTS,
         "quantum": _chunk(loaded),
-        "race": options.race,
+        "race": options.race and not options.guided,
+        "parents": ParentRule(limit=_POOL),
     }
     if loaded.space.keep is not None:
         settings["variation"] = PruningVariation()

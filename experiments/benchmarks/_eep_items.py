@@ -311,7 +311,7 @@ def racing(journal: Journal, quick: bool, folder: Path) -> None:
         options = ExpertsOptions(
             task="reversal",
             keep="25%",
-            budget=40 if quick else 160,
+            budget=64 if quick else 160,
             race=race,
             items=32 if quick else 128,
             tokens=512,

@@ -128,7 +128,7 @@ def _tables(journal: Journal, quick: bool, *, keep: str, strict: bool) -> None:
                 "random_best": float(random.max()),
                 "report_items": len(loaded.prepared.task.splits["report"]),
                 "majority": loaded.prepared.task.majority("report"),
-                "seeds": rows,
+                "runs": rows,
             },
             seeds=seeds,
             aims=aims,
@@ -180,7 +180,7 @@ def predictor(journal: Journal, quick: bool, folder: Path) -> None:
             ("guided", True, plain_budget // 2),
         ):
             options = ExpertsOptions(
-                task="reversal",
+                task="code",
                 keep="25%",
                 metric="perplexity",
                 budget=budget,

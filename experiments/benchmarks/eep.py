@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from searchlab.experiments.benchmarks import _eep_items as items
 from searchlab.experiments.benchmarks import _eep_zoo as zoo
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
     options = flags(__doc__, arguments, add=_parts)
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     journal = Journal("eep", options)
     for part in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="searchlab-eep-") as folder:
