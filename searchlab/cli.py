@@ -164,9 +164,9 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
                 option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
             )
         elif name in lists:
-            own.add_argument(
-                option, dest=name, default=None, help=shown, metavar="VALUE", action="append"
-            )
+            # Several at once: what a shell makes of an unquoted pattern.
+            more: dict[str, Any] = {"metavar": "VALUE", "nargs": "+", "action": "extend"}
+            own.add_argument(option, dest=name, default=None, help=shown, **more)
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
     return parser
