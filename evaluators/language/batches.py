@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
@@ -158,7 +160,7 @@ def lay_out(
     pad: int,
     tokens: int = 2048,
     packed: bool = True,
-    row_tokens: int = 1024,
+    balance: int = 1024,
 ) -> list[Batch]:
     """Batches that answer all queries; a function of the queries and settings only.
 
@@ -172,19 +174,20 @@ def lay_out(
         pad: number of the padding token, which nobody sees.
         tokens: about how many tokens a batch has, padding included.
         packed: whether the model takes trees.
-        row_tokens: most tokens of a packed row of several items.
+        balance: how many tokens a row has when attention costs as much as all else; rows of
+            several items grow up to where an item is cheapest.
 
     Raises:
         ConfigError: no queries, or fewer than one token.
     """
-    if not queries or tokens < 1 or row_tokens < 1:
+    if not queries or tokens < 1 or balance < 1:
         raise ConfigError(
             f"{len(queries)} queries in batches of {tokens} tokens; allowed: 1 and more"
         )
     by_item: dict[int, list[Query]] = {}
     for query in queries:
         by_item.setdefault(query.item, []).append(query)
-    units = _packed(by_item, row_tokens) if packed else _plain(by_item)
+    units = _packed(by_item, balance, tokens) if packed else _plain(by_item)
     units.sort(key=lambda unit: unit.length)
     out, open_units = [], list[_Unit]()
     for unit in units:
@@ -215,14 +218,19 @@ def _plain(by_item: Mapping[int, list[Query]]) -> list[_Unit]:
     return units
 
 
-def _packed(by_item: Mapping[int, list[Query]], most: int) -> list[_Unit]:
+def _packed(by_item: Mapping[int, list[Query]], balance: int, most: int) -> list[_Unit]:
     units: list[_Unit] = []
     for own in sorted(by_item.values(), key=lambda own: own[0].context):
         fed = sorted({query.fed for query in own})
         row = units[-1].rows[0] if units else None
-        if row is None or (
-            2 * row.shared(own[0].context) < len(own[0].context)
-            or len(row.tokens) + row.new(fed) > most
+        shared = 0 if row is None else row.shared(own[0].context)
+        # A row of R tokens costs R * balance + R * R and holds a number of items that goes with
+        # R - shared: this R is the cheapest per item.
+        best = shared + math.sqrt(shared * (shared + balance))
+        if (
+            row is None
+            or 2 * shared < len(own[0].context)
+            or len(row.tokens) + row.new(fed) > min(best, most)
         ):
             row = _Row.empty()
             units.append(_Unit([row], []))

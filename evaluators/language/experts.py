@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, unknown_name
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
 from searchlab.evaluators.language.batches import Batch, Query, lay_out
-from searchlab.evaluators.language.forward import Applied, CandidateForward, takes_trees
+from searchlab.evaluators.language.forward import (
+    Applied,
+    CandidateForward,
+    balance_of,
+    takes_trees,
+)
 from searchlab.evaluators.language.generation import ExactMatch, greedy
 from searchlab.evaluators.language.intervals import Summary, summarise
 from searchlab.evaluators.language.layered import LayeredForward
@@ -73,6 +79,7 @@ class ExpertsEvaluator:
         within: for generation, from candidates and rows' numbers of candidates to the context of
             a call.
         exact: whether values do not depend on the other candidates of a chunk.
+        also: name -> figures (n,) of candidates that are minimised beside the metric.
     """
 
     prunes: ClassVar[bool] = True
@@ -89,6 +96,7 @@ class ExpertsEvaluator:
         at_once: int = 32,
         within: Callable[[Any, Tensor], AbstractContextManager[Any]] | None = None,
         exact: bool = False,
+        also: Mapping[str, Callable[[Population], NDArray[np.float64]]] | None = None,
     ) -> None:
         if at_once < 1:
             raise ConfigError(f"{at_once} candidates at once; allowed: 1 or more")
@@ -97,15 +105,29 @@ class ExpertsEvaluator:
         self._candidates = candidates
         self._base = base
         self._identity = dict(identity)
-        self._at_once = at_once
+        self._most = self._at_once = at_once
+        self._tokens = getattr(forward, "tokens", 0)
         self._within = within
         self._exact = exact
+        self._also = dict(also or {})
         self.measured = 0  # candidates times items, the base's own not counted
         self._static: StaticFigures | None = None
 
     @property
+    def micro_batch(self) -> int:
+        """Most candidates of one pass; with fewer, calls hold fewer tokens too."""
+        return self._at_once
+
+    @micro_batch.setter
+    def micro_batch(self, count: int) -> None:
+        self._at_once = max(1, count)
+        if isinstance(self.forward, LayeredForward):
+            self.forward.tokens = max(1, self._tokens * self._at_once // self._most)
+            self.forward.forget()
+
+    @property
     def objectives(self) -> tuple[Objective, ...]:
-        return (self.problem.objective,)
+        return (self.problem.objective, *(Objective(name, "min") for name in self._also))
 
     @property
     def fidelities(self) -> tuple[Fidelity, ...]:
@@ -158,7 +180,7 @@ class ExpertsEvaluator:
             for start in range(0, len(rows), self._at_once if not streams else max(1, n)):
                 own = rows[start : start + self._at_once] if not streams else rows
                 for items, who, scores in self._scores(part, blocks, given[own]):
-                    at = np.ix_(own[who], items)
+                    at = np.ix_(own[who], np.array(items))
                     found.scores[at] = scores.scores
                     found.nll[at] = scores.nll
                     found.failures[at] = scores.failures
@@ -174,8 +196,9 @@ class ExpertsEvaluator:
         signals = np.full((n, len(self.signals)), np.nan)
         signals[:, 0], signals[:, 1] = found.nll.mean(axis=1), found.failures.mean(axis=1)
         signals[beyond] = np.nan
+        columns = [values, *(figure(jobs.population) for figure in self._also.values())]
         return Evaluations(
-            values=values,
+            values=np.stack(columns, axis=1),
             state=state,
             reason=[PRUNED_REASON if flag else "" for flag in beyond],
             signals=signals,
@@ -197,8 +220,8 @@ class ExpertsEvaluator:
         for start in range(0, len(given), self._at_once):
             own = np.arange(start, min(start + self._at_once, len(given)))
             for items, who, scores in self._scores(part, part.blocks, given[own]):
-                found.scores[np.ix_(own[who], items)] = scores.scores
-                found.failures[np.ix_(own[who], items)] = scores.failures
+                at = np.ix_(own[who], np.array(items))
+                found.scores[at], found.failures[at] = scores.scores, scores.failures
         task = self.problem.task
         return [
             summarise(task, split, part.value(float(row.mean())), row, failures=float(bad.mean()))
@@ -290,6 +313,7 @@ def experts_evaluator(
     forward: LayeredForward | None = None,
     identity: Mapping[str, Any] | None = None,
     at_once: int = 32,
+    also: Sequence[str] = (),
 ) -> ExpertsEvaluator:
     """An evaluator of kept experts.
 
@@ -304,19 +328,20 @@ def experts_evaluator(
         forward: how logits are made; None = the resident model, layer by layer.
         identity: of the model; None = its hash.
         at_once: most candidates of one pass of a resident model.
+        also: figures of `space.cost` that are minimised beside the metric, such as "bytes".
 
     Raises:
         ConfigError: neither a tokenizer nor prompts, an unknown metric.
     """
     settings = metric if isinstance(metric, LanguageSettings) else LanguageSettings(metric)  # type: ignore[arg-type]
     model: Any = resident.model
-    routing = {
+    routing: dict[str, Any] = {
         "active": getattr(space, "top_k", None),
         "flat": bool(getattr(space, "flat", False)),
         "router_mode": str(getattr(space, "router_mode", "slice")),
     }
     if forward is None:
-        forward = LayeredForward(resident, **routing)  # type: ignore[arg-type]
+        forward = LayeredForward(resident, **routing)
     else:
         forward.active, forward.flat = routing["active"], bool(routing["flat"])
         forward.router_mode = str(routing["router_mode"])
@@ -348,6 +373,7 @@ def experts_evaluator(
         prompts,
         settings,
         trees=lambda longest: takes_trees(model, longest),
+        balance=balance_of(model, device),
         answer=_answerer(forward, prompts, settings, full),
         device=device,
     )
@@ -363,11 +389,19 @@ def experts_evaluator(
         },
         at_once=at_once,
         within=within,
+        also={name: functools.partial(_cost, space, name) for name in also},
         # Greedy decoding regroups rows as they end, which last bits depend on.
         exact=device.type == "cpu"
         and model.dtype in (torch.float32, torch.float64)
         and settings.metric != "exact_match",
     )
+
+
+def _cost(space: Any, name: str, population: Population) -> NDArray[np.float64]:
+    figures = space.cost(population)
+    if name not in figures:
+        raise unknown_name("cost of the space", name, figures)
+    return np.asarray(figures[name], dtype=np.float64)
 
 
 def applied_evaluator(
@@ -408,6 +442,7 @@ def applied_evaluator(
         prompts,
         settings,
         trees=lambda longest: takes_trees(model, longest),
+        balance=balance_of(model),
         answer=lambda contexts: greedy(
             model, contexts, new_tokens=settings.new_tokens, prompts=prompts, until=settings.until
         ),

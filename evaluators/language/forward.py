@@ -15,7 +15,14 @@ from torch import Tensor
 from searchlab.errors import EvaluationError
 from searchlab.evaluators.language.batches import Batch
 
-__all__ = ["Applied", "CandidateForward", "attention_of", "plain_logits", "takes_trees"]
+__all__ = [
+    "Applied",
+    "CandidateForward",
+    "attention_of",
+    "balance_of",
+    "plain_logits",
+    "takes_trees",
+]
 
 
 class CandidateForward(Protocol):
@@ -25,12 +32,35 @@ class CandidateForward(Protocol):
 
 
 def attention_of(model: Any, batch: Batch) -> Tensor:
-    """A batch's mask as the model's attention takes it: numbers for trees where masks are added."""
-    if not batch.tree or model.config._attn_implementation == "sdpa":
+    """A batch's mask as the model's attention takes it: for trees, numbers to add."""
+    if not batch.tree:
         return batch.mask
     kind = next(model.parameters()).dtype
     blocked = torch.zeros(batch.mask.shape, dtype=kind, device=batch.mask.device)
     return blocked.masked_fill(~batch.mask, torch.finfo(kind).min)
+
+
+def balance_of(model: Any, device: torch.device | None = None) -> int:
+    """How many tokens a row has when attention costs as much as everything else in a layer.
+
+    Attention compares all pairs of a row's tokens, the rest grows with their number. On a CPU a
+    comparison takes about four times as long as its number of operations says.
+
+    Args:
+        model: of transformers; 1024 for any other.
+        device: where it computes; None = where its weights are.
+    """
+    config: Any = getattr(model, "config", None)
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    width = getattr(config, "moe_intermediate_size", None) or getattr(
+        config, "intermediate_size", 0
+    )
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    if not hidden:
+        return 1024
+    found = next(model.parameters()).device if device is None else device
+    slower = 4 if found.type == "cpu" else 1
+    return max(1, (2 * hidden + 3 * int(active) * int(width or 0) // 2) // slower)
 
 
 def takes_trees(model: Any, longest: int) -> bool:

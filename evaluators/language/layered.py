@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from searchlab.errors import ConfigError
 from searchlab.evaluators.language.batches import LANES, Batch
 from searchlab.evaluators.language.forward import attention_of
-from searchlab.evaluators.language.steady import forwards, steady_experts
+from searchlab.evaluators.language.steady import forwards, shared_experts, steady_experts
 
 __all__ = ["LayerStore", "LayeredForward", "Masked", "Progress"]
 
@@ -358,13 +358,19 @@ class LayeredForward:
                     which = torch.cat([which, which[-1:].expand(fill)])
                 if len(own) == 1:  # one mask alone is routed by a smaller product: other last bits
                     masks = np.repeat(masks, 2, axis=0)
-                with self.resident.masked(
-                    masks,
-                    which,
-                    top_k=self.active,
-                    flat=self.flat,
-                    router_mode=self.router_mode,
-                ):
+                with ExitStack() as stack:
+                    stack.enter_context(
+                        self.resident.masked(
+                            masks,
+                            which,
+                            top_k=self.active,
+                            flat=self.flat,
+                            router_mode=self.router_mode,
+                        )
+                    )
+                    once = list(dict.fromkeys(parents[pair] for pair in own))
+                    if len(once) < len(own):
+                        stack.enter_context(self._once(experts, halves, once, own, parents, x))
                     out = experts(x)
                 self.computed["experts"] += len(x) * size
                 out = (out[0] if isinstance(out, tuple) else out)[: len(own) * rows]
@@ -372,6 +378,25 @@ class LayeredForward:
                 for pair, part in zip(own, (rest + out).split(rows), strict=True):
                     hidden[pair] = part
         state.groups, state.hidden = groups, hidden
+
+    @staticmethod
+    def _once(
+        experts: Any,
+        halves: Sequence[tuple[Tensor, Tensor]],
+        once: Sequence[int],
+        own: NDArray[np.int64],
+        parents: Sequence[int],
+        x: Tensor,
+    ) -> AbstractContextManager[None]:
+        """Experts for rows `x` that are copies of what enters them in the groups `once`."""
+        base = torch.cat([halves[parent][1].flatten(0, 1) for parent in once])
+        count = len(base) // len(once)
+        place = torch.tensor([once.index(parents[pair]) for pair in own], device=x.device)
+        copies = (place[:, None] * count + torch.arange(count, device=x.device)).reshape(-1)
+        fill = x.shape[0] * x.shape[1] - len(copies)
+        if fill:  # copies of the last row
+            copies = torch.cat([copies, copies[-x.shape[1] :].repeat(fill // x.shape[1])])
+        return forwards([(experts.experts, shared_experts(experts.experts, base, copies))])
 
     def _probe(self, layer: int, module: nn.Module, experts: nn.Module, state: Progress) -> None:
         """Makes sure that a layer adds its experts' output to what attention gave, and no more.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from searchlab.errors import DataError
 from searchlab.evaluator import Fidelity, Objective, Reproducibility
-from searchlab.evaluators.language.forward import plain_logits, takes_trees
+from searchlab.evaluators.language.forward import balance_of, plain_logits, takes_trees
 from searchlab.evaluators.language.generation import ExactMatch, greedy
 from searchlab.evaluators.language.problem import LanguageProblem, LanguageSettings
 from searchlab.evaluators.language.prompts import Prompts
 from searchlab.evaluators.language.scoring import Divergence
-from searchlab.evaluators.language.tasks import Task
+from searchlab.evaluators.language.tasks import SPLITS, Task
 from searchlab.evaluators.sampling import split_of
 
 __all__ = ["LanguageScore"]
@@ -46,7 +46,7 @@ class LanguageScore:
         name: str,
         version: int = 1,
     ) -> None:
-        self._made = model if hasattr(model, "load_state_dict") else model()
+        self._made: Any = model if hasattr(model, "load_state_dict") else model()
         self._made.eval()
         self.name = name
         self.version = version
@@ -55,12 +55,13 @@ class LanguageScore:
             prompts,
             settings or LanguageSettings(),
             trees=lambda longest: takes_trees(self._made, longest),
+            balance=balance_of(self._made),
             answer=self._answer,
             device=next(self._made.parameters()).device,
         )
         if self.problem.settings.metric == "kl_self":  # while the model has its own weights
-            for split in ("search", "selection", "report"):
-                part = self.problem.part(split)  # type: ignore[arg-type]
+            for split in SPLITS:
+                part = self.problem.part(split)
                 assert isinstance(part.questions, Divergence)
                 for block in part.blocks:
                     assert block.batch is not None

@@ -117,6 +117,7 @@ class LanguageProblem:
         prompts: texts to tokens.
         settings: the metric.
         trees: whether the model takes packed rows of such length, see `takes_trees`.
+        balance: see `balance_of`.
         answer: the base's greedy answers to contexts, for "kl_self".
         device: where batches go.
     """
@@ -125,6 +126,7 @@ class LanguageProblem:
     prompts: Prompts
     settings: LanguageSettings = field(default_factory=LanguageSettings)
     trees: Callable[[int], bool] = lambda longest: False
+    balance: int = 1024
     answer: Answerer | None = None
     device: Any = "cpu"
 
@@ -200,7 +202,11 @@ class LanguageProblem:
         packed = self.trees(longest) if settings.packed is None else settings.packed
         assert self.prompts.pad is not None
         batches = lay_out(
-            questions.queries, pad=self.prompts.pad, tokens=settings.batch_tokens, packed=packed
+            questions.queries,
+            pad=self.prompts.pad,
+            tokens=settings.batch_tokens,
+            packed=packed,
+            balance=self.balance,
         )
         moved = [batch.to(self.device) for batch in batches]
         return Part(numbers, questions, tuple(Block(b.items, b) for b in moved))

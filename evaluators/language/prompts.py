@@ -66,6 +66,8 @@ class Prompts:
                 "allowed: off, or a tokenizer with one"
             )
         self.chat = has if self.chat is None else self.chat
+        self._contexts: dict[Any, Tokens] = {}
+        self._behind: dict[Any, Tokens] = {}
         own = self.tokenizer.eos_token_id
         self.stops = frozenset(self.stops) | (frozenset() if own is None else {own})
 
@@ -76,6 +78,9 @@ class Prompts:
             ConfigError: messages, and no chat template.
             DataError: a prompt without a token.
         """
+        known = self._contexts.get(item.prompt)
+        if known is not None:
+            return known
         if isinstance(item.prompt, str) and not self.chat:
             ids = list(self.tokenizer.encode(item.prompt, add_special_tokens=True))
             while ids and ids[-1] in self.stops:  # some tokenizers end every text
@@ -84,6 +89,7 @@ class Prompts:
             ids = self.tokenizer.encode(self._wrapped(item), add_special_tokens=False)
         if not ids:
             raise DataError(f"the prompt {str(item.prompt)[:40]!r} has no tokens")
+        self._contexts[item.prompt] = tuple(ids)
         return tuple(ids)
 
     def _wrapped(self, item: Item) -> str:
@@ -105,7 +111,10 @@ class Prompts:
         Raises:
             DataError: a text without a token, or more tokens than the context has.
         """
-        before = self.context(item)
+        known = self._behind.get((item.prompt, text))
+        if known is not None:
+            return known
+        before, asked = self.context(item), text
         special = isinstance(item.prompt, str) and not self.chat
         start = str(item.prompt) if special else self._wrapped(item)
         if not (text[:1].isspace() or start[-1:].isspace()):
@@ -119,12 +128,13 @@ class Prompts:
             ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         if not ids:
             raise DataError(f"the continuation {text!r} has no tokens")
+        self._behind[item.prompt, asked] = ids
         return ids
 
     def starts(self, item: Item, option: str) -> frozenset[int]:
         """First tokens an answer may have that means this option: with and without a space."""
         bare = option.strip() or option
-        texts = (option, bare, f" {bare}")
+        texts = {option, bare, f" {bare}"}
         return frozenset(self.continuation(item, text)[0] for text in texts)
 
     def check(self, count: int, what: str) -> None:

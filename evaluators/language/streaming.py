@@ -42,8 +42,9 @@ class FolderWeights:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from safetensors import safe_open
+        import safetensors
 
+        safe_open: Any = safetensors.safe_open
         self.folder = Path(folder)
         files = sorted(self.folder.glob("*.safetensors"))
         index = self.folder / "model.safetensors.index.json"
@@ -56,7 +57,7 @@ class FolderWeights:
         if not files:
             raise DataError(f"{self.folder} has no safetensors files")
         self._open = [safe_open(str(file), framework="pt") for file in files]
-        self._file = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
+        self._file: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
 
     def names(self) -> list[str]:
         return list(self._file)
@@ -82,7 +83,8 @@ class MemoryWeights:
         return tuple(self._state[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return self._state[name].clone()
+        out: Tensor = self._state[name].clone()
+        return out
 
 
 class WeightStream:
@@ -324,6 +326,7 @@ def streamed(
     from searchlab.spaces.experts.model import ResidentExperts
 
     weights: Weights
+    dtype: Any
     if isinstance(source, nn.Module):
         config: Any = source.config
         weights, dtype = MemoryWeights(source), source.dtype

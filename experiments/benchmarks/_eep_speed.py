@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from searchlab.evaluators.language.batches import lay_out, left_padded
-from searchlab.evaluators.language.forward import takes_trees
+from searchlab.evaluators.language.forward import balance_of, takes_trees
 from searchlab.evaluators.language.layered import LayeredForward
 from searchlab.evaluators.language.prompts import Prompts
 from searchlab.evaluators.language.scoring import MultipleChoice
@@ -110,12 +110,13 @@ def measure(
         pad=prompts.pad,
         tokens=batch_tokens,
         packed=takes_trees(resident.model, longest),
+        balance=balance_of(resident.model),
     )
     forward = LayeredForward(resident, tokens=batch_tokens * 2, remember=0)
     ours = np.full((len(masks), len(items)), -2, dtype=np.int64)
     for one in batches:
         for who, logits in forward.logits(one, masks):
-            ours[np.ix_(who, one.items)] = questions.options(one, logits)
+            ours[np.ix_(who, np.array(one.items))] = questions.options(one, logits)
     ours_cpu = (time.process_time() - started) / len(masks)
     ours_wall = (time.perf_counter() - clock) / len(masks)
     started, clock = time.process_time(), time.perf_counter()

@@ -49,9 +49,10 @@ def swept(forward: LayeredForward, batches: list[Batch], masks: Any) -> dict[Any
     }
 
 
-@pytest.mark.parametrize("name", TINY_MOE)
+@pytest.mark.parametrize("name", [*TINY_MOE, "tied"])
 def test_streamed_equals_resident_in_every_bit(name: str, tmp_path: Path) -> None:
-    model = tiny_moe(name)
+    tied = name == "tied"
+    model = tiny_moe("mixtral", tie_word_embeddings=True) if tied else tiny_moe(name)
     resident = ResidentExperts(model)
     batches, masks = some_batches(6), some_masks(resident, 4)
     want: dict[Any, torch.Tensor] = {}
