@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ from searchlab.experiments.experts import RECIPE, ExpertsOptions, build
 from searchlab.experiments.experts_judge import check_command, judge
 from searchlab.experiments.experts_setup import prepare
 from searchlab.experiments.zoo.characters import CHARACTERS, task_path
+from searchlab.population import Jobs
 from searchlab.recipes import load_recipe
 from searchlab.testing.tiny_moe import TINY_MOE, tiny_moe
+from searchlab.uniforms import uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +157,22 @@ def test_the_paper_preset_makes_402_evaluations(tmp_path: Path) -> None:
     assert result.counts["failed"] == 0
     assert result.records is not None
     assert list(result.records.origin)[:31] == ["random"] * 31
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_evaluators_reach_worker_processes_as_their_options(tmp_path: Path, merge: bool) -> None:
+    task = few_items(tmp_path / "words.jsonl")
+    config = build(ExpertsOptions(task=str(task), keep="2", budget=20, merge=merge))
+    stage = config.stages[-1]
+    sent = pickle.dumps(stage.evaluator)
+    assert len(sent) < 4096
+    there = pickle.loads(sent)
+    space = stage.space
+    population = space.sample(uniforms(1, 0, 0, 3, space.sample_width))
+    jobs = Jobs(np.arange(3), population, space.keys(population))
+    assert there.identity() == stage.evaluator.identity()
+    here = stage.evaluator.evaluate(jobs).values
+    assert np.array_equal(there.evaluate(jobs).values, here)
 
 
 # -- bad input ------------------------------------------------------------------------------------
