@@ -124,6 +124,24 @@ def test_fewer_active_experts_and_no_groups_are_stored(
     assert grouped == ("without groups" in (tmp_path / "README.md").read_text())
 
 
+def test_layers_after_the_last_are_left_out(bases: Any, tmp_path: Path) -> None:
+    resident, folder = bases["deepseek_v3"]
+    (tmp_path / "base").mkdir()
+    tensors = weights(folder)
+    for name, value in list(tensors.items()):
+        if name.startswith("model.layers.2."):
+            tensors[name.replace("layers.2.", "layers.3.")] = value.clone()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert layout_of_files(tmp_path / "base").total_bytes == layout_of_files(folder).total_bytes
+    export_checkpoint(tmp_path / "base", plan_of(resident, [[0, 1, 4, 5]] * 2), tmp_path / "cut")
+    assert not any(".layers.3." in name for name in weights(tmp_path / "cut"))
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+
+
 def test_layouts_of_files_have_the_bytes_that_are_there(bases: Any) -> None:
     resident, folder = bases["olmoe"]
     layout = layout_of_files(folder)
