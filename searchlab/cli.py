@@ -143,7 +143,7 @@ def _parser() -> _Parser:
     command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
-    for module in ("export", "dashboard", "compare", "check", "salvage", "predictor"):
+    for module in ("export", "apply", "dashboard", "compare", "check", "salvage", "predictor"):
         importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 
@@ -182,9 +182,9 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
                 option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
             )
         elif name in lists:
-            own.add_argument(
-                option, dest=name, default=None, help=shown, metavar="VALUE", action="append"
-            )
+            # Several at once: what a shell makes of an unquoted pattern.
+            more: dict[str, Any] = {"metavar": "VALUE", "nargs": "+", "action": "extend"}
+            own.add_argument(option, dest=name, default=None, help=shown, **more)
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
     return parser

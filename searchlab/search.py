@@ -325,14 +325,15 @@ def collect(config: SearchConfig, store: Store) -> Result:
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
-        here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: c.rank(sign))
-        searched = [c for c in ranked if c.kind == "searched"]
-        baselines = [
-            next(c for c in ranked if c.kind == kind)
-            for kind in sorted({c.kind for c in ranked} - {"searched"})
-        ]
-        result_groups.append(GroupResult(group, next(iter(searched), None), baselines))
+        first: dict[str, Contender] = {}
+        for contender in everyone:
+            if contender.group <= group if config.upto else contender.group == group:
+                best = first.setdefault(contender.kind, contender)
+                if contender.rank(sign) < best.rank(sign):
+                    first[contender.kind] = contender
+        searched = first.pop("searched", None)
+        baselines = [first[kind] for kind in sorted(first)]
+        result_groups.append(GroupResult(group, searched, baselines))
     alpha = config.final.alpha if config.final else 0.05
     trades = None
     if last.trades:

@@ -15,9 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from searchlab.errors import ConfigError
 from searchlab.evaluator import environment
 
-__all__ = ["Aim", "Journal", "Time", "data_folder", "flags", "lacking", "spread", "timed"]
+__all__ = [
+    "Aim",
+    "Journal",
+    "Time",
+    "data_folder",
+    "flags",
+    "lacking",
+    "other_parts",
+    "spread",
+    "timed",
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,17 @@ class Journal:
         by_case = {line["case"]: json.dumps(line) for line in json.loads(path.read_text("utf-8"))}
         by_case |= {json.loads(text)["case"]: text for text in self.lines}
         return [*by_case.values()]
+
+
+def other_parts(options: argparse.Namespace) -> list[str]:
+    """The lines of `--out` that parts other than those of `--part` left there."""
+    if options.part is None or options.out is None or not options.out.exists():
+        return []
+    lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
+    kept = [line for line in lines if line["part"] not in options.part]
+    if any(line["quick"] is not options.quick for line in kept):
+        raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
+    return [json.dumps(line) for line in kept]
 
 
 @dataclass(frozen=True)
