@@ -66,7 +66,8 @@ def test_a_wrong_predictor_is_found_out() -> None:
     wrong, cold = Warm(earlier, make=small), small()
     wrong.fit(table, -losses, seed=0)
     cold.fit(table, -losses, seed=0)
-    assert wrong.slope == 0.0
+    assert wrong.refined is not None
+    assert wrong.refined._slope < 0  # its reverse is worth much
     assert tau(wrong.rank(fresh), -truth) > tau(cold.rank(fresh), -truth) - 0.03
 
 
@@ -78,7 +79,8 @@ def test_many_labels_teach_what_is_new() -> None:
     warm = Warm(earlier, make=small)
     warm.fit(table, bent, seed=0)
     there = truth + 3 * fresh.x[:, 0]
-    assert warm.share > 0.5
+    assert warm.refined is not None
+    assert warm.refined.share > 0.5 or warm.refined.belief < 0.5
     assert tau(warm.rank(fresh), there) > tau(earlier.rank(fresh), there) + 0.05
 
 
