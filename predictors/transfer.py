@@ -27,7 +27,7 @@ PREDICTED = "predicted"  # name of the signal that holds the old scores
 SLOPE, SLOPE_SD, NOISE = 0.9, 0.2, 0.3  # of normal scores of new losses in those of old scores
 FEW = 5  # labels that say nothing about which answer is better
 _WORTH = 60.0  # labels' worth of belief that the old order needs no correction
-_ODDS = 19.0  # that the old predictor is of use, before any label is seen
+_ODDS = 9.0  # that the old predictor is of use, before any label is seen
 
 
 class Refined:
