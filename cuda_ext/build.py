@@ -27,13 +27,17 @@ __all__ = [
     "compiler",
     "cpu_check",
     "library_path",
+    "log_of",
     "nvcc_command",
 ]
 
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("weighted_sum.cu", "solver_update.cu", "route_topk.cu")
 ARCHITECTURES = ("80", "90")  # A100 and its like; H100, H200
-_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings")
+_FLAGS = (
+    *("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings"),
+    *("-Xptxas", "-v"),  # registers and spills, for the log
+)
 
 
 class BuildError(RuntimeError):
@@ -60,9 +64,11 @@ def cache_folder() -> Path:
 
 
 def _targets() -> list[str]:
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    newest = ARCHITECTURES[-1]  # later devices compile this text when they load it
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    # One text for all: no kernel has a variant of its own for a later architecture, and making the
+    # text takes as long as assembling it. Later devices compile it when they load it.
+    text = f"compute_{ARCHITECTURES[0]}"
+    code = ",".join([*(f"sm_{a}" for a in ARCHITECTURES), text])
+    return [f"-gencode=arch={text},code=[{code}]"]
 
 
 def nvcc_command(nvcc: str, sources: Sequence[Path], out: Path, *extra: str) -> list[str]:
@@ -109,7 +115,12 @@ def _only_one(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], out: Path) -> str:
+def log_of(library: Path) -> Path:
+    """Where the compiler's words on a library are kept."""
+    return library.with_suffix(".log")
+
+
+def _compile(command: list[str], out: Path) -> None:
     """Runs the compiler into a file of its own and gives that its name when it is whole."""
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / out.name
@@ -121,8 +132,8 @@ def _compile(command: list[str], out: Path) -> str:
         )
         if done.returncode:
             raise BuildError(f"{command[0]} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        log_of(out).write_text(done.stdout + done.stderr, "utf-8")
         made.replace(out)
-    return done.stderr
 
 
 def build(*, force: bool = False) -> Path:

@@ -29,6 +29,8 @@ Array: TypeAlias = npt.NDArray[np.float64]
 Features: TypeAlias = npt.NDArray[np.floating] | torch.Tensor
 
 _KERNEL_ROWS = 1024  # rows of a kernel matrix held at a time
+_LARGE = 256  # features from which L' S L, at half the cost, replaces R S R
+_FULL_RANK = 1e-10  # least of the largest eigenvalue, below which a covariance has no factor
 
 
 def _as_array(features: Features, dimensions: int) -> Array:
@@ -183,6 +185,8 @@ class FrechetReference:
         mean: (d,) float64 mean.
         covariance: (d, d) float64, symmetric and positive semi-definite.
         root: (d, d) symmetric root R of the covariance.
+        factor: (d, d) lower L with L L' = the covariance, for `_LARGE` features and more where the
+            covariance has full rank; else None.
         trace: Trace of the covariance.
 
     Raises:
@@ -193,6 +197,7 @@ class FrechetReference:
     mean: Array
     covariance: Array
     root: Array = field(init=False)
+    factor: Array | None = field(init=False)
     trace: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -218,6 +223,11 @@ class FrechetReference:
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "trace", float(np.trace(spread)))
+        factor: Array | None = None
+        if centre.size >= _LARGE and values[0] > _FULL_RANK * values[-1]:
+            factor = np.asfortranarray(np.linalg.cholesky((spread + spread.T) / 2))
+            factor.setflags(write=False)
+        object.__setattr__(self, "factor", factor)
 
     @property
     def digest(self) -> str:
@@ -246,8 +256,9 @@ class FrechetReference:
 def frechet_distance(statistics: FeatureStatistics, reference: FrechetReference) -> float:
     """Squared Fréchet (2-Wasserstein) distance of the normal laws with these moments.
 
-    |m - m_r|^2 + tr S + tr S_r - 2 sum sqrt(eig(R S R)), R the symmetric root of S_r, and with
-    fewer rows than features the same sum from the small matrix X_c S_r X_c' / (N - 1). No matrix
+    |m - m_r|^2 + tr S + tr S_r - 2 sum sqrt(eig(R S R)), R the symmetric root of S_r (with many
+    features L' S L, S_r = L L', which has the same eigenvalues), and with fewer rows than features
+    the same sum from the small matrix X_c S_r X_c' / (N - 1). No matrix
     root per call, unlike the common sqrtm(S S_r) form, which it equals for full-rank references.
     The distance falls with the number of rows N (by about d/N + d(d+1)/(4N) for white features):
     never compare distances of different N.
@@ -265,8 +276,7 @@ def frechet_distance(statistics: FeatureStatistics, reference: FrechetReference)
     Source: arXiv 1706.08500, eq. 6.
     """
     offset, trace, product = _parts(statistics, reference)
-    values: Array = np.linalg.eigvalsh(product).astype(np.float64, copy=False)
-    return float(_combine(offset, trace, values, reference))
+    return float(_combine(offset, trace, _eigenvalues(product), reference))
 
 
 def frechet_distances(features: Features, reference: FrechetReference) -> Array:
@@ -304,7 +314,7 @@ def frechet_distances(features: Features, reference: FrechetReference) -> Array:
         offsets.append(offset)
         traces.append(trace)
         products.append(product)
-    values: Array = np.linalg.eigvalsh(np.stack(products)).astype(np.float64, copy=False)
+    values = np.stack([_eigenvalues(product) for product in products])
     distances[usable] = _combine(np.array(offsets), np.array(traces), values, reference)
     return distances
 
@@ -324,8 +334,28 @@ def _parts(
         scaled = rows @ reference.root / math.sqrt(statistics.count - 1)
         return offset, float((rows**2).sum()) / (statistics.count - 1), scaled @ scaled.T
     covariance = statistics.covariance()
+    if reference.factor is not None:
+        from scipy.linalg.lapack import dsygst
+
+        trace = float(np.trace(covariance))
+        # Columns first, as LAPACK has it: symmetric matrices need no copy for that.
+        half, _ = dsygst(covariance.T, reference.factor, itype=2, lower=1, overwrite_a=1)
+        return offset, trace, half  # the lower half is all that is read
     product = reference.root @ covariance @ reference.root
     return offset, float(np.trace(covariance)), (product + product.T) / 2
+
+
+def _eigenvalues(product: Array) -> Array:
+    """Of a symmetric matrix, of which the lower half is read."""
+    if len(product) >= _LARGE:
+        from scipy.linalg import eigh
+
+        large: Array = eigh(
+            product, eigvals_only=True, lower=True, check_finite=False, overwrite_a=True
+        )
+        return large
+    small: Array = np.linalg.eigvalsh(product).astype(np.float64, copy=False)
+    return small
 
 
 def _combine(

@@ -44,6 +44,19 @@ class MergedCommandEvaluator(CommandEvaluator):
             raise ConfigError("a command on merged weights needs a bank of checkpoints")
         self._segments = self.bank.layout.segments(self.groups)
 
+    @classmethod
+    def check(cls, command: str) -> None:
+        """Finds what is wrong with a command while there is no bank yet.
+
+        Raises:
+            ConfigError: unknown or missing placeholders, or it cannot be split.
+            EvaluationError: its program is not found.
+        """
+        bare = cls.__new__(cls)
+        bare.command, bare.by_shell = command, False
+        bare._check_command()
+        bare.setup()
+
     def identity(self) -> Mapping[str, Any]:
         assert self.bank is not None
         return {

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from searchlab.errors import ConfigError, DataError, EvaluationError, SearchlabError
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
-from searchlab.evaluators.noise import split_seed
-from searchlab.evaluators.sampling import split_of
+from searchlab.external import seed_of
 from searchlab.population import FAILED, OK, Evaluations, Jobs
 from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
 from searchlab.spaces.checkpoint_mix.layout import Segment
@@ -24,7 +23,7 @@ from searchlab.spaces.checkpoint_mix.merge import states
 
 __all__ = ["FunctionScore", "MergedModelEvaluator", "MixSource", "Score", "State"]
 
-VERSION = 1
+VERSION = 2
 
 State = Mapping[str, Tensor]
 
@@ -153,8 +152,9 @@ class FunctionScore:
     """Any function of a state dict, or of a model that holds it.
 
     The function is called as f(state) or, where it needs a second argument, f(state, seed): the
-    seed is another one for every replicate of the search, selection and report splits, and the same
-    for all candidates. With `model` it gets the module instead, with the weights loaded strictly.
+    seed (0 to 2**31 - 1) is another one for every replicate of the search, selection and report
+    splits, and the same for all candidates. With `model` it gets the module instead, with the
+    weights loaded strictly.
 
     Args:
         function: returns one number, or one per objective.
@@ -191,14 +191,22 @@ class FunctionScore:
     def identity(self) -> Mapping[str, Any]:
         return {"function": self.name, "seed": self.seed, "version": self.version}
 
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Whether the model takes these weights: to be asked before a search.
+
+        Raises:
+            DataError: it does not.
+            ConfigError: `model` cannot be made, or makes something else.
+        """
+        if self.model is not None:
+            self._loaded(state)
+
     def score(
         self, state: dict[str, Tensor], fidelity: int, replicate: int
     ) -> tuple[Sequence[float], None]:
         subject: Any = dict(state) if self.model is None else self._loaded(state)
         if self._seeded:
-            split, number = split_of(replicate)
-            # Below 2**63, which is where the seeds of most libraries end.
-            answer = self.function(subject, split_seed(self.seed, split, number) % (2**63 - 1))
+            answer = self.function(subject, seed_of(self.seed, replicate))
         else:
             answer = self.function(subject)
         return self._numbers(answer), None
@@ -223,9 +231,18 @@ class FunctionScore:
         out: list[float] = numbers.tolist()
         return out
 
+    def _made(self) -> Any:
+        try:
+            return self.model()  # type: ignore[misc]
+        except Exception as error:  # whatever a user's function raises
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"the model of {self.name} cannot be made: {type(error).__name__}: {text}"
+            ) from None
+
     def _loaded(self, state: Mapping[str, Tensor]) -> nn.Module:
         if self._module is None:
-            made = self.model if isinstance(self.model, nn.Module) else self.model()  # type: ignore[misc]
+            made = self.model if isinstance(self.model, nn.Module) else self._made()
             if not isinstance(made, nn.Module):
                 raise ConfigError(f"model of {self.name} is {type(made).__name__}; allowed: Module")
             self._module = made.eval()

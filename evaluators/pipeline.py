@@ -116,6 +116,7 @@ class PipelineEvaluator:
         self._hooks = (False, False)
         self._digest = ""
         self._banks: OrderedDict[tuple[Split, int], _Bank] = OrderedDict()
+        self._at_once = self.settings.max_rows
         self.path: Literal["pipeline", "rows"] = "pipeline"
         self.reproducibility: Reproducibility = "batch"
         self.remarks: list[str] = []
@@ -136,7 +137,7 @@ class PipelineEvaluator:
         if self._sampler is None:
             pipeline = self._source.load() if self._source is not None else self._given
             sampler = PipelineSampler(
-                pipeline, settings=self.settings.call(), max_rows=self.settings.max_rows
+                pipeline, settings=self.settings.call(), max_rows=self._at_once
             )
             if sampler.takes_prompts != bool(self.samples.conditions):
                 rule = "needs prompts, got none" if sampler.takes_prompts else "takes no prompts"
@@ -144,6 +145,17 @@ class PipelineEvaluator:
             self._digest = pipeline_digest(pipeline)
             self._sampler = sampler
         return self._sampler
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per call of the pipeline or of its network."""
+        return self._at_once
+
+    @micro_batch.setter
+    def micro_batch(self, rows: int) -> None:
+        self._at_once = self.sampler.max_rows = rows
+        for bank in self._banks.values():
+            bank.trees.clear()
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -374,7 +386,7 @@ class PipelineEvaluator:
             start = bank.denoiser.start[:n].float()
             # The lower bound is for bit-equality on a CPU; on a GPU memory goes first.
             low = MIN_ROWS if start.device.type == "cpu" else 1
-            call = in_blocks(bank.denoiser, n, max(low, self.settings.max_rows))
+            call = in_blocks(bank.denoiser, n, max(low, self._at_once))
             at_once = _STATE_BYTES // (start[0].numel() * start.element_size())
             bank.trees[n] = PrefixTree(call, start, min_rows=1, max_rows=at_once)
         tables = [compile_schedule(schedule) for schedule in schedules]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from searchlab.errors import EvaluationError, SearchlabError
 from searchlab.evaluators.pipeline_loading import denoisers_of
+from searchlab.executors.out_of_memory import is_out_of_memory
 from searchlab.spaces.solver_schedule.installed import noise_schedule_of
 from searchlab.spaces.solver_schedule.schedule import Schedule, Step
 
@@ -192,6 +193,8 @@ class PipelineSampler:
         except SearchlabError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):  # which fewer rows at once may heal
+                raise
             text = (str(error).strip().splitlines() or ["no message"])[0]
             raise EvaluationError(
                 f"{type(self.pipeline).__name__} failed: {type(error).__name__}: {text[:300]}"

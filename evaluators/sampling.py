@@ -24,7 +24,7 @@ from searchlab.evaluator import (
 from searchlab.evaluators.distances import FrechetReference, frechet_distances, kid
 from searchlab.evaluators.noise import Split, noise_bank, split_seed
 from searchlab.evaluators.schedule_signals import CheapSignals, ScheduleSignals
-from searchlab.evaluators.trajectories import MAX_BYTES, PrefixTree, Work
+from searchlab.evaluators.trajectories import MAX_BYTES, MIN_ROWS, PrefixTree, Work
 from searchlab.population import FAILED, OK, Evaluations, Jobs, Population
 from searchlab.space import Space
 from searchlab.spaces.solver_schedule.noise_schedule import NoiseSchedule
@@ -133,7 +133,7 @@ class SamplingEvaluator:
         held_out: samples on the selection and report splits.
         seed: of the noise banks; never the search's seed, so that searches share values.
         max_bytes: bound of the prefix tree per bank.
-        max_rows: rows per model call.
+        max_rows: rows per model call at first; see `micro_batch`.
         remember: use the prefix tree.
         cheap: which figures there are without an evaluation; None = none.
     """
@@ -166,6 +166,7 @@ class SamplingEvaluator:
         if self.samples[0] < 2 or self.held_out < 2:
             raise ConfigError("samples and held_out are 2 or more")
         self._banks: OrderedDict[tuple[int, int], _Bank] = OrderedDict()
+        self._at_once = self.max_rows
         self._cheap: ScheduleSignals | None = None
         self._figures: dict[bytes, NDArray[np.float64]] = {}
 
@@ -238,6 +239,17 @@ class SamplingEvaluator:
     @property
     def reproducibility(self) -> Reproducibility:
         return "exact" if self.problem.device == "cpu" else "batch"
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows per model call; fewer than `MIN_ROWS` would change the last bits of their values."""
+        return self._at_once
+
+    @micro_batch.setter
+    def micro_batch(self, rows: int) -> None:
+        self._at_once = max(rows, min(MIN_ROWS, self._at_once))
+        for bank in self._banks.values():
+            bank.tree.max_rows = self._at_once
 
     def setup(self) -> None:
         """Nothing beyond the problem that was handed in."""
@@ -324,7 +336,8 @@ class SamplingEvaluator:
                 start,
                 mean=self.problem.mean,
                 max_bytes=self.max_bytes,
-                max_rows=self.max_rows,
+                max_rows=self._at_once,
+                split=True,
                 remember=self.remember,
             )
             bank = self._banks[key] = _Bank(tree)

@@ -84,7 +84,9 @@ class PrefixTree:
         mean: data mean for analytic first evaluations.
         max_bytes: bound of what is remembered between and within calls of `run`.
         max_rows: rows per model call; the number of nodes per call is max(1, max_rows // B), a
-            function of the sample count, never of timing.
+            function of the sample count, never of timing. May be set later.
+        split: a node with more rows takes several calls, of `MIN_ROWS` rows at least; not for
+            denoisers that know a sample by its place.
         remember: keep nodes between schedules; off = every schedule runs whole.
     """
 
@@ -98,6 +100,7 @@ class PrefixTree:
         max_rows: int = 4000,
         remember: bool = True,
         min_rows: int = MIN_ROWS,
+        split: bool = False,
     ) -> None:
         if x.ndim < 2 or not x.is_floating_point() or not len(x):
             raise EvaluationError(
@@ -109,11 +112,15 @@ class PrefixTree:
         self._x = torch.cat([x, x[-1:].expand(pad, *x.shape[1:])]) if pad else x
         self._mean = mean
         self._max_bytes = max_bytes
-        self._per_call = max(1, max_rows // len(self._x))
+        self.max_rows, self._split = max_rows, split
         self._remember = remember
         self._nodes: OrderedDict[bytes, _Node] = OrderedDict()
         self._held = 0
         self.work = Work()
+
+    @property
+    def _per_call(self) -> int:
+        return max(1, self.max_rows // len(self._x))
 
     @property
     def held_bytes(self) -> int:
@@ -219,7 +226,7 @@ class PrefixTree:
             part = waiting[start : start + self._per_call]
             x = part[0][0].state if len(part) == 1 else torch.cat([node.state for node, _ in part])
             times = torch.tensor([time for _, time in part], dtype=torch.float64, device=x.device)
-            answer = self._denoise(x, times.repeat_interleave(size).to(x.dtype))
+            answer = self._answer(x, times.repeat_interleave(size).to(x.dtype))
             if answer.shape != x.shape:
                 raise EvaluationError(
                     f"the model answered {tuple(answer.shape)}; allowed: {tuple(x.shape)}"
@@ -228,8 +235,17 @@ class PrefixTree:
                 # A part of a shared answer would keep all of it in memory.
                 node.output = output.clone() if self._remember and len(part) > 1 else output
             self.work.run += len(part)
-            self.work.calls += 1
             self.work.rows += len(x)
+
+    def _answer(self, x: Tensor, times: Tensor) -> Tensor:
+        """The model's answer to some rows, in several calls where they are too many for one."""
+        pieces = min(-(-len(x) // self.max_rows), len(x) // MIN_ROWS) if self._split else 1
+        pieces = max(1, pieces)
+        self.work.calls += pieces
+        if pieces == 1:
+            return self._denoise(x, times)
+        parts = zip(x.tensor_split(pieces), times.tensor_split(pieces), strict=True)
+        return torch.cat([self._denoise(*part) for part in parts])
 
     def _keep(self, node: _Node) -> None:
         if node.digest in self._nodes:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from searchlab.report import Section
     from searchlab.result import Result
     from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
+    from searchlab.spaces.checkpoint_mix.sources import CheckpointSource
     from searchlab.spaces.checkpoint_mix.space import CheckpointMixSpace
 
 __all__ = ["RECIPE", "CheckpointMixOptions", "build"]
@@ -76,9 +77,14 @@ class CheckpointMixOptions:
         0, "search along so many main directions first, for a third of the evaluations"
     )
     algorithm: str | None = _option(None, "a registered name, instead of the preset's")
-    guided: bool = _option(False, "a predictor chooses among the algorithm's proposals")
+    guided: bool = _option(
+        False,
+        "a predictor of the losses proposes (kriging, with 160 evaluations); with an algorithm or "
+        "the preset paper it chooses among that one's proposals",
+    )
     budget: int | str | None = _option(
-        None, "evaluations beyond the averages (400), or a limit such as 90min, 6gpuh or 50usd"
+        None,
+        "evaluations beyond the averages (400, guided 160), or a limit: 90min, 6gpuh, 50usd",
     )
     gpu_price: float | None = _option(None, "US dollars per device hour, for a budget in dollars")
     target: float | None = _option(None, "a value that is good enough to stop")
@@ -128,6 +134,7 @@ class CheckpointMixOptions:
                 f"evaluator {self.evaluator!r}; allowed: module:function, command, samples, loss"
             )
         if bundled and self.checkpoints:
+            _sources(self)  # a path that leads nowhere is named first
             raise ConfigError(
                 f"evaluator {self.evaluator!r} knows the bundled checkpoints only; allowed for "
                 "yours: module:function or command"
@@ -138,6 +145,9 @@ class CheckpointMixOptions:
             raise ConfigError("model is for an evaluator that is a module:function")
         if self.objective and bundled:
             raise ConfigError(f"objective is not for evaluator {self.evaluator!r}")
+        known = [objective.name for objective in self.objectives()]
+        if self.steer is not None and not bundled and self.steer not in known:
+            raise ConfigError(f"steer {self.steer!r}; allowed: {', '.join(known)}")
         if self.evaluator == "command" and not self.objective:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         self.objectives()
@@ -149,11 +159,16 @@ class CheckpointMixOptions:
 
         return tuple(map(parse_objective, self.objective)) or (Objective("value", "min"),)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether a predictor proposes by itself, not among another algorithm's proposals."""
+        return self.guided and self.algorithm is None and self.preset == "default"
+
     def limits(self) -> Budget:
-        """What ends the search; 400 evaluations where nothing is said."""
+        """What ends the search; 400 evaluations where nothing is said, by a predictor 160."""
         from searchlab.budget_text import parse_budget
 
-        budget = 400 if self.budget is None else self.budget
+        budget = (160 if self.predicts else 400) if self.budget is None else self.budget
         return parse_budget(budget, gpu_price=self.gpu_price, target=self.target)
 
 
@@ -186,12 +201,17 @@ def build(options: CheckpointMixOptions) -> SearchConfig:
         torch.set_num_threads(options.threads)
     elif not options.checkpoints:
         torch.set_num_threads(1)
-    bank = _bank(options)
+    # What is cheap to find wrong comes before the bank, which reads every byte of the checkpoints.
+    sources = _sources(options)
+    if options.subspace >= len(sources):
+        raise ConfigError(f"subspace {options.subspace}; allowed: 0 to {len(sources) - 1}")
+    score = _score(options, sources)
+    bank = _bank(options, sources)
     groups = _groups(options, bank)
     names = [] if groups is None else sorted(set(groups.values()))
     space = CheckpointMixSpace(bank.names, groups=names, constraint=options.constraint)
     numbers = None if groups is None else {t: names.index(g) for t, g in groups.items()}
-    evaluator = _evaluator(options, space, bank, numbers)
+    evaluator = _evaluator(options, score, space, bank, numbers)
     return SearchConfig(
         tuple(_stages(options, space, bank, evaluator)),
         name="checkpoint_mix",
@@ -203,24 +223,31 @@ def build(options: CheckpointMixOptions) -> SearchConfig:
     )
 
 
-def _bank(options: CheckpointMixOptions) -> CheckpointBank:
-    from searchlab.errors import DataError
+def _sources(options: CheckpointMixOptions) -> tuple[CheckpointSource, ...]:
     from searchlab.experiments.checkpoint_mix_problems import DIGITS_CHECKPOINTS
-    from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
     from searchlab.spaces.checkpoint_mix.sources import find_checkpoints
 
-    patterns = options.checkpoints or (str(DIGITS_CHECKPOINTS),)
+    return find_checkpoints(options.checkpoints or (DIGITS_CHECKPOINTS,), part=options.part)
+
+
+def _bank(options: CheckpointMixOptions, sources: Sequence[CheckpointSource]) -> CheckpointBank:
+    from searchlab.errors import DataError
+    from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
+
+    def announce(text: str) -> None:
+        if options.checkpoints:
+            print(f"{len(sources)} checkpoints, oldest first; {text}", file=sys.stderr)
+
     bank = CheckpointBank(
-        find_checkpoints(patterns, part=options.part),
+        sources,
         memory=parse_bytes(options.memory),
         folder=options.bank,
         delta=options.delta,
         device=options.device,
+        announce=announce,
     )
     if bank.broken:
         raise DataError(f"{next(iter(bank.broken.values()))}; leave this checkpoint out")
-    if options.checkpoints:
-        print(f"{len(bank)} checkpoints, oldest first; {bank.plan}", file=sys.stderr)
     return bank
 
 
@@ -231,58 +258,79 @@ def _groups(options: CheckpointMixOptions, bank: CheckpointBank) -> dict[str, st
     return {name: ".".join(name.split(".")[: options.group_depth]) for name in bank.layout.mixed}
 
 
-def _evaluator(
-    options: CheckpointMixOptions,
-    space: CheckpointMixSpace,
-    bank: CheckpointBank,
-    groups: dict[str, int] | None,
-) -> Any:
-    from searchlab.evaluators.merged_model import FunctionScore, MergedModelEvaluator
+def _score(options: CheckpointMixOptions, sources: Sequence[CheckpointSource]) -> Any:
+    """What mixed weights are worth; None for a command, which is only checked here."""
+    from searchlab._looking import only_looking
+    from searchlab.evaluators.merged_model import FunctionScore
 
-    score: Any
     if options.evaluator == "command":
         from searchlab.evaluators.merged_command import MergedCommandEvaluator
 
         assert options.command is not None
-        return MergedCommandEvaluator(
-            space,
-            options.command,
-            options.objectives(),
-            timeout_s=options.timeout,
-            seed=options.data_seed,
-            bank=bank,
-            groups=groups,
-        )
+        if not only_looking():
+            MergedCommandEvaluator.check(options.command)
+        return None
     if options.evaluator == "samples":
         from searchlab.experiments.checkpoint_mix_problems import digits_score
 
-        score = digits_score(
+        return digits_score(
             calls=options.calls,
             samples=(options.samples or 1000,),
             held_out=options.held_out or 4000,
             objective=options.distance,
             seed=options.data_seed,
         )
-    elif options.evaluator == "loss":
+    if options.evaluator == "loss":
         from searchlab.experiments.checkpoint_mix_problems import digits_loss
 
-        score = digits_loss(
+        return digits_loss(
             samples=(options.samples or 256,),
             held_out=options.held_out or 512,
             seed=options.data_seed,
         )
-    else:
-        from searchlab.evaluators.pipeline_metric import load_metric
+    score = FunctionScore(
+        _function("evaluator", options.evaluator),
+        options.evaluator,
+        model=None if options.model is None else _function("model", options.model),
+        objectives=options.objectives(),
+        seed=options.data_seed,
+    )
+    if options.model is not None and not only_looking():
+        score.check({name: sources[-1].tensor(name) for name in sources[-1].entries})
+    return score
 
-        model: Any = None if options.model is None else load_metric(options.model)
-        score = FunctionScore(
-            load_metric(options.evaluator),
-            options.evaluator,
-            model=model,
-            objectives=options.objectives(),
-            seed=options.data_seed,
-        )
-    return MergedModelEvaluator(space, bank, score, groups)
+
+def _function(option: str, name: str) -> Any:
+    from searchlab.evaluators.pipeline_metric import load_metric
+
+    try:
+        return load_metric(name)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {name!r}: {error}") from None
+
+
+def _evaluator(
+    options: CheckpointMixOptions,
+    score: Any,
+    space: CheckpointMixSpace,
+    bank: CheckpointBank,
+    groups: dict[str, int] | None,
+) -> Any:
+    if options.command is None:
+        from searchlab.evaluators.merged_model import MergedModelEvaluator
+
+        return MergedModelEvaluator(space, bank, score, groups)
+    from searchlab.evaluators.merged_command import MergedCommandEvaluator
+
+    return MergedCommandEvaluator(
+        space,
+        options.command,
+        options.objectives(),
+        timeout_s=options.timeout,
+        seed=options.data_seed,
+        bank=bank,
+        groups=groups,
+    )
 
 
 def _stages(
@@ -343,14 +391,18 @@ def averages(space: CheckpointMixSpace, bank: CheckpointBank) -> Seeds:
 
 
 def algorithm_of(options: CheckpointMixOptions, space: CheckpointMixSpace) -> AlgorithmSpec:
-    """What proposes: CMA-ES with small steps from the best average, or the paper's evolution."""
+    """What proposes: CMA-ES with small steps from the best average, or what options say."""
     from searchlab.algorithms.evolution import ParentRule
     from searchlab.config import AlgorithmSpec
     from searchlab.spaces.checkpoint_mix.variation import CoefficientVariation
 
     name = options.algorithm or ("evolution" if options.preset == "paper" else "cma")
+    if options.predicts:
+        name = "kriging"
+    if options.algorithm is None and space.group_count * (len(space.checkpoints) - 1) == 1:
+        return AlgorithmSpec("es11")  # two checkpoints: a single number
     settings: dict[str, Any] = {}
-    if name == "cma":
+    if name in ("cma", "kriging"):
         settings = {"sigma": 0.05 / space.unit}
     elif name == "evolution":
         settings = {
@@ -358,7 +410,7 @@ def algorithm_of(options: CheckpointMixOptions, space: CheckpointMixSpace) -> Al
             "parents": ParentRule("rank", mu=10),
             "variation": CoefficientVariation(),
         }
-    if options.guided:
+    if options.guided and not options.predicts:
         return AlgorithmSpec("guided", {"wraps": name, "options": settings})
     return AlgorithmSpec(name, settings)
 

@@ -101,8 +101,15 @@ def _add_cluster_flags(group: argparse._ArgumentGroup, taken: Collection[str]) -
 
 
 def _resources(text: str) -> dict[str, float]:
-    pairs = (part.partition("=") for part in text.split(","))
-    return {name: float(value) for name, _, value in pairs}
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {}
+    with suppress(ValueError):
+        found = {name.strip(): float(value) for name, _, value in pairs}
+    if len(found) != len(pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; allowed: names with amounts, each once, such as H200=1,disk=0.5"
+        )
+    return found
 
 
 def _lag(text: str) -> int | str:
@@ -139,8 +146,8 @@ def executor_options(given: argparse.Namespace) -> ExecutorOptions:
 def with_pace(config: SearchConfig, given: argparse.Namespace) -> SearchConfig:
     """The configuration with the lag and the chunk that the options ask for."""
     lag, chunk = (getattr(given, name, None) for name in _PACE)
-    if lag is not None:
-        config = replace(config, lag=lag)
+    if lag is not None:  # text where the recipe has this option itself
+        config = replace(config, lag=_lag(lag) if isinstance(lag, str) else lag)
     if chunk is not None:
         stages = tuple(replace(stage, chunk=None) for stage in config.stages)
         config = replace(config, chunk=int(chunk), stages=stages)

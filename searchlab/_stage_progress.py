@@ -13,7 +13,15 @@ from searchlab.executors.base import Done, usage_of
 if TYPE_CHECKING:
     from searchlab.loop import StageRun
 
-__all__ = ["hopeless", "progress_of"]
+__all__ = ["hopeless", "progress_of", "tell_progress"]
+
+
+def tell_progress(leg: StageRun, finished: Sequence[Done]) -> None:
+    """Tells the callbacks what a batch has come to."""
+    if leg.callbacks:
+        progress = progress_of(leg, finished)
+        for callback in leg.callbacks:
+            callback(progress)
 
 
 def progress_of(leg: StageRun, finished: Sequence[Done]) -> Progress:

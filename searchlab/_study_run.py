@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ class Run(Recorder):
         """See `Store.records`."""
         listed = ", ".join(ROW_COLUMNS)
         statement = f"SELECT {listed} FROM records WHERE run = :run ORDER BY id"
-        with self._lock, errors_named(self._where):
+        with self._lock, errors_named(self._where), _uncollected():
             # One transaction: scores belong to the rows that are seen.
             with self._transaction(write=False) as connection:
                 rows = self._fetch(connection, statement, run=self._run)
@@ -494,3 +495,15 @@ class Run(Recorder):
         if connection.dialect.name == "sqlite":
             return connection.exec_driver_sql(statement, values).rowcount
         return connection.execute(sa.text(statement), values).rowcount
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage cycles meanwhile: a million new objects set off hundreds in vain."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

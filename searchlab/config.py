@@ -48,6 +48,7 @@ ALGORITHMS: dict[str, str] = {
     "evolution": "searchlab.algorithms.evolution:Evolution",
     "gp": "searchlab.algorithms.optuna:GP",
     "guided": "searchlab.algorithms.guided:Guided",
+    "kriging": "searchlab.algorithms.kriging:Kriging",
     "listed": "searchlab.algorithms.simple:Listed",
     "local_search": "searchlab.algorithms.local_search:LocalSearch",
     "nsga2": "searchlab.algorithms.front:NSGA2",

@@ -96,7 +96,9 @@ class Evaluator(Protocol):
 
     Optional attributes: `constraints` (a tuple of `searchlab.outcomes.Constraint`, in the order of
     the columns of `Evaluations.constraints`), `probe` (False = no call beyond the jobs is made to
-    measure repeatability), `place(folder)` (told where the run keeps its files).
+    measure repeatability), `place(folder)` (told where the run keeps its files), `micro_batch` (how
+    many rows, of whatever kind, are computed at once: after out-of-memory a worker sets it to half
+    and calls `evaluate` again with the same chunk, which is never split otherwise).
     """
 
     @property

@@ -15,7 +15,8 @@ from searchlab._stage_best import BestSoFar
 from searchlab._stage_claims import Claims
 from searchlab._stage_levels import LevelRule
 from searchlab._stage_limits import Limits
-from searchlab._stage_progress import hopeless, progress_of
+from searchlab._stage_memory import note_memory
+from searchlab._stage_progress import hopeless, tell_progress
 from searchlab._stage_records import (
     Group,
     Known,
@@ -107,7 +108,7 @@ class StageRun:
         self.next_id = self.first_id
         self._open = self._empty_ids = 0
         self._levels = LevelRule(self.stage, self.replicate, self.algorithm)
-        self._digest = stage_digest(self.stage)
+        self.digest = stage_digest(self.stage)
         self._claims = Claims(self)
         self._exact = self.stage.evaluator.reproducibility == "exact"
         self._constraints = constraints_of(self.stage.evaluator)
@@ -285,7 +286,7 @@ class StageRun:
     ) -> dict[bytes, Answer]:
         return self.store.lookup(
             keys,
-            evaluator=self._digest,
+            evaluator=self.digest,
             fidelity=place[0],
             replicate=place[1],
             other_runs=other_runs,
@@ -420,10 +421,7 @@ class StageRun:
             first = self._first_open()
             self._asked_at.keep(self.next_id if first is None else first.first_id)
         self.store.commit()
-        if self.callbacks:
-            progress = progress_of(self, finished)
-            for callback in self.callbacks:
-                callback(progress)
+        tell_progress(self, finished)
         if self.finished >= HOPELESS and self.failed == self.finished:
             raise hopeless(self, finished)
 
@@ -474,10 +472,10 @@ class StageRun:
             jobs,
             evaluations,
             packed=self.stage.space.pack(jobs.population),
-            evaluator=self._digest,
+            evaluator=self.digest,
             started=done.started if done else now,
             finished=done.finished if done else now,
-            worker=done.worker if done else "cache",
+            worker=note_memory(self, done, len(rows)) if done else "cache",
             attempts=done.attempts if done else 0,
             cached=flags,
             predicted=None if jobs.predicted is None else (*jobs.predicted.T,),

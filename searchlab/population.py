@@ -15,8 +15,18 @@ __all__ = ["FAILED", "INFEASIBLE", "OK", "PRUNED", "STATES", "Evaluations", "Job
 
 OK, FAILED, PRUNED, INFEASIBLE = 0, 1, 2, 3
 STATES = ("ok", "failed", "pruned", "infeasible")
+MANY = 1_000  # rows from which on it pays to see whether all of them are meant
 _ARRAYS = ("values", "state", "std_error", "constraints", "signals", "cost_s")
 _PARTS = ("state", "reason", "cost_s", "constraints", "signals", "std_error", "items")
+
+
+def _are_all(rows: NDArray[Any], n: int) -> bool:
+    """Whether an index of many rows is of all of them in order: nothing has to be copied then."""
+    if n < MANY or len(rows) != n:
+        return False
+    if rows.dtype == bool:
+        return bool(rows.all())
+    return bool(rows[0] == 0 and rows[-1] == n - 1 and (np.diff(rows) == 1).all())
 
 
 def _sent(array: NDArray[Any] | None) -> Any:
@@ -81,6 +91,8 @@ class Population:
 
     def take(self, rows: Any) -> Population:
         """The rows that an index array, a boolean mask or a slice selects."""
+        if isinstance(rows, np.ndarray) and _are_all(rows, self._length):
+            return self
         out, taken, length = Population.__new__(Population), {}, 0
         for name, column in self._columns.items():
             taken[name] = part = column[rows]

@@ -278,7 +278,7 @@ def build_rows(
     means, deviations = nothing, nothing
     if predicted is not None:
         means, deviations = (_column(part, n, "predictions").tolist() for part in predicted)
-    parents = [(-1, -1)] * n if jobs.parents is None else jobs.parents.tolist()
+    a, b = [[-1] * n] * 2 if jobs.parents is None else jobs.parents.T.tolist()
     return list(
         zip(
             jobs.ids.tolist(),
@@ -289,7 +289,7 @@ def build_rows(
             [jobs.replicate] * n,
             [evaluator] * n,
             state.tolist(),
-            [_text(part) for part in reason],
+            _texts(reason),
             evaluations.values[:, 0].tolist() if m else nothing,
             _blobs(evaluations.values),
             nothing if evaluations.std_error is None else _blobs(evaluations.std_error),
@@ -299,9 +299,9 @@ def build_rows(
             [jobs.told_at_ask] * n,
             means,
             deviations,
-            [_text(part) for part in jobs.origin] if jobs.origin else [""] * n,
-            [pair[0] for pair in parents],
-            [pair[1] for pair in parents],
+            _texts(jobs.origin) if jobs.origin else [""] * n,
+            a,
+            b,
             [attempts] * n,
             [_text(worker)] * n,
             [float(started)] * n,
@@ -420,6 +420,12 @@ def _text(text: str) -> str:
     if text.isascii() and "\0" not in text:
         return text
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    """`_text` of each; most are equal."""
+    clean = {text: _text(text) for text in set(texts)}
+    return [clean[text] for text in texts]
 
 
 def _floats(blob: bytes | None) -> NDArray[np.float64]:

@@ -25,26 +25,14 @@ from searchlab._run_final import (
     stored_reference,
 )
 from searchlab._run_layout import LAYOUT, layout_of
+from searchlab._stage_memory import evaluator_environment, memory_notes
 from searchlab._stage_records import stage_answers
 from searchlab._verify import verify
 from searchlab.algorithms.base import Algorithm, Seeds
 from searchlab.auto import AUTO, reasons, settled
-from searchlab.config import (
-    AlgorithmSpec,
-    Budget,
-    Final,
-    SearchConfig,
-    Stage,
-    stage_digest,
-)
+from searchlab.config import AlgorithmSpec, Budget, Final, SearchConfig, Stage, stage_digest
 from searchlab.errors import ConfigError, StudyError
-from searchlab.evaluator import (
-    Evaluator,
-    EvaluatorFunction,
-    FunctionEvaluator,
-    Objective,
-    environment,
-)
+from searchlab.evaluator import Evaluator, EvaluatorFunction, FunctionEvaluator, Objective
 from searchlab.executors import (
     Executor,
     ExecutorOptions,
@@ -205,7 +193,8 @@ def run(
         keep_reference(config, store)
         for stage in config.stages:
             identity = {**stage.evaluator.identity(), "space": stage.space.fingerprint}
-            store.register_evaluator(stage_digest(stage), identity, environment())
+            around = evaluator_environment(stage, store)
+            store.register_evaluator(stage_digest(stage), identity, around)
         first_id = 0
         for index, stage in enumerate(config.stages):
             algorithm = build_algorithm(stage, index, first_id, config, store)
@@ -264,6 +253,7 @@ def run(
             stop_reason=stop_reason,
             seconds=seconds,
             usage=store.get_meta("usage"),
+            notes=[*result.meta["notes"], *memory_notes(store)],
         )
         store.set_meta("result", result.to_json())
         store.commit()
@@ -335,14 +325,15 @@ def collect(config: SearchConfig, store: Store) -> Result:
     groups_wanted = config.groups or tuple(found_groups)
     result_groups = []
     for group in groups_wanted:
-        here = [c for c in everyone if (c.group <= group if config.upto else c.group == group)]
-        ranked = sorted(here, key=lambda c: c.rank(sign))
-        searched = [c for c in ranked if c.kind == "searched"]
-        baselines = [
-            next(c for c in ranked if c.kind == kind)
-            for kind in sorted({c.kind for c in ranked} - {"searched"})
-        ]
-        result_groups.append(GroupResult(group, next(iter(searched), None), baselines))
+        first: dict[str, Contender] = {}
+        for contender in everyone:
+            if contender.group <= group if config.upto else contender.group == group:
+                best = first.setdefault(contender.kind, contender)
+                if contender.rank(sign) < best.rank(sign):
+                    first[contender.kind] = contender
+        searched = first.pop("searched", None)
+        baselines = [first[kind] for kind in sorted(first)]
+        result_groups.append(GroupResult(group, searched, baselines))
     alpha = config.final.alpha if config.final else 0.05
     trades = None
     if last.trades:
@@ -406,6 +397,7 @@ def stored_result(config: SearchConfig, store: Store) -> Result:
         stop_reason=store.get_meta("stop_reason") or "",
         seconds=store.get_meta("seconds"),
         usage=store.get_meta("usage"),
+        notes=[*result.meta["notes"], *memory_notes(store)],
     )
     return result
 

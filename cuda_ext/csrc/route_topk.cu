@@ -65,9 +65,22 @@ __device__ __forceinline__ void apply_map(float (&z)[S], const float* map, float
   __syncwarp();
 }
 
+// A token's logits, each lane every 32nd; what the mask leaves out is minus infinity.
 template <typename In, int S>
+__device__ __forceinline__ void take(const void* logits, std::int64_t token, int lane, int experts,
+                                     const std::uint8_t* mask, float (&z)[S]) {
+  const In* from = static_cast<const In*>(logits) + token * experts;
+#pragma unroll
+  for (int s = 0; s < S; ++s) {
+    const int i = lane + 32 * s;
+    z[s] = bits_to_float(0xFF800000u);
+    if (i < experts && (mask == nullptr || mask[i])) z[s] = widen(from[i]);
+  }
+}
+
+template <int S>
 __global__ __launch_bounds__(32 * kWarps) void route(
-    const In* __restrict__ logits, std::int64_t tokens, int experts,
+    const void* __restrict__ logits, int in_type, std::int64_t tokens, int experts,
     const std::uint8_t* __restrict__ masks, const float* __restrict__ maps, int mapped,
     bool map_logits, const std::int64_t* __restrict__ rows, int k, bool renormalise,
     float* __restrict__ weights, std::int64_t* __restrict__ indices) {
@@ -77,13 +90,12 @@ __global__ __launch_bounds__(32 * kWarps) void route(
   for (std::int64_t t = std::int64_t(blockIdx.x) * kWarps + warp; t < tokens;
        t += std::int64_t(gridDim.x) * kWarps) {
     const std::int64_t candidate = rows != nullptr ? rows[t] : 0;
+    const std::uint8_t* mask = masks != nullptr ? masks + candidate * experts : nullptr;
     float z[S];
-#pragma unroll
-    for (int s = 0; s < S; ++s) {
-      const int i = lane + 32 * s;
-      z[s] = bits_to_float(0xFF800000u);
-      if (i < experts && (masks == nullptr || masks[candidate * experts + i]))
-        z[s] = widen(logits[t * experts + i]);
+    switch (in_type) {
+      case kFloat16: take<Half, S>(logits, t, lane, experts, mask, z); break;
+      case kBFloat16: take<Brain, S>(logits, t, lane, experts, mask, z); break;
+      default: take<float, S>(logits, t, lane, experts, mask, z);
     }
     int width = experts;
     if (maps != nullptr) {
@@ -144,6 +156,7 @@ __global__ __launch_bounds__(32 * kWarps) void route(
 
 struct Arguments {
   const void* logits;
+  int in_type;
   std::int64_t tokens;
   int experts;
   const std::uint8_t* masks;
@@ -158,27 +171,26 @@ struct Arguments {
   cudaStream_t stream;
 };
 
-template <typename In, int S>
+template <int S>
 int launch(const Arguments& a) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const std::int64_t wanted = (a.tokens + kWarps - 1) / kWarps, top = std::int64_t(processors) * 32;
   const std::size_t shared = a.maps != nullptr ? std::size_t(kWarps) * a.experts * 4 : 0;
-  route<In, S><<<int(wanted < top ? wanted : top), 32 * kWarps, shared, a.stream>>>(
-      static_cast<const In*>(a.logits), a.tokens, a.experts, a.masks, a.maps, a.mapped,
+  route<S><<<int(wanted < top ? wanted : top), 32 * kWarps, shared, a.stream>>>(
+      a.logits, a.in_type, a.tokens, a.experts, a.masks, a.maps, a.mapped,
       a.map_logits, a.rows, a.k, a.renormalise, a.weights, a.indices);
   return int(cudaGetLastError());
 }
 
-template <typename In>
 int sized(const Arguments& a) {
   const int widest = a.mapped > a.experts ? a.mapped : a.experts;
-  if (widest <= 32) return launch<In, 1>(a);
-  if (widest <= 64) return launch<In, 2>(a);
-  if (widest <= 128) return launch<In, 4>(a);
-  if (widest <= 256) return launch<In, 8>(a);
-  return launch<In, 16>(a);
+  if (widest <= 32) return launch<1>(a);
+  if (widest <= 64) return launch<2>(a);
+  if (widest <= 128) return launch<4>(a);
+  if (widest <= 256) return launch<8>(a);
+  return launch<16>(a);
 }
 
 }  // namespace
@@ -193,10 +205,8 @@ SL_API int sl_route_topk(const void* logits, int in_type, std::int64_t tokens, i
   if (experts < 1 || experts > 512 || width > 512 || k < 1 || k > 32 || k > width || tokens < 0)
     return -1;
   if (tokens == 0) return 0;
-  const Arguments a{logits, tokens, experts, masks, maps, mapped, map_logits != 0, rows, k,
+  if (in_type != kFloat32 && in_type != kFloat16 && in_type != kBFloat16) return -1;
+  const Arguments a{logits, in_type, tokens, experts, masks, maps, mapped, map_logits != 0, rows, k,
                     renormalise != 0, weights, indices, static_cast<cudaStream_t>(stream)};
-  if (in_type == kFloat32) return sized<float>(a);
-  if (in_type == kFloat16) return sized<Half>(a);
-  if (in_type == kBFloat16) return sized<Brain>(a);
-  return -1;
+  return sized(a);
 }

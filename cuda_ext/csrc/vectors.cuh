@@ -79,12 +79,14 @@ __device__ __forceinline__ void store_floats(Out* to, const float (&in)[V]) {
   }
 }
 
-template <typename Out, int V>
-__device__ __forceinline__ void store_value(Out* to, float value) {
-  float in[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) in[v] = value;
-  store_floats<Out, V>(to, in);
+// Elements from i on, as T, or as float32 where `wide` says that the results are wider than T.
+template <typename T, int V>
+__device__ __forceinline__ void store_as(void* to, std::int64_t i, const float (&in)[V],
+                                         bool wide) {
+  if (sizeof(T) == 4 || wide)
+    store_floats<float, V>(static_cast<float*>(to) + i, in);
+  else
+    store_floats<T, V>(static_cast<T*>(to) + i, in);
 }
 
 }  // namespace searchlab

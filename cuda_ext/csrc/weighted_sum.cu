@@ -19,11 +19,11 @@ struct Outputs {
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // loads in flight before the first is used
 
-template <typename In, typename Out, int P, int V>
+template <typename In, int P, int V>
 __global__ __launch_bounds__(kThreads) void scalar_route(
     const __grid_constant__ Sources sources, const __grid_constant__ Outputs outputs,
     const float* __restrict__ coefficients, int stride, int count, int used_rows,
-    const float* __restrict__ base, std::int64_t begin, std::int64_t end) {
+    const float* __restrict__ base, std::int64_t begin, std::int64_t end, bool wide) {
   extern __shared__ float shared[];
   float* c = shared;                                                      // (count, P)
   unsigned* used = reinterpret_cast<unsigned*>(shared + count * P);       // (count,)
@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kThreads) void scalar_route(
     kind[threadIdx.x] =
         int(threadIdx.x) < used_rows
             ? row_kind(coefficients + std::int64_t(threadIdx.x) * stride, count,
-                       sizeof(In) == sizeof(Out) && base == nullptr)
+                       !wide && base == nullptr)
             : kEmpty;
   __syncthreads();
   for (int k = threadIdx.x; k < count; k += kThreads) {
@@ -79,16 +79,16 @@ __global__ __launch_bounds__(kThreads) void scalar_route(
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       if (p >= used_rows) continue;
-      Out* out = static_cast<Out*>(outputs.at[p]) + i;
       if (kind[p] >= 0) {
         Vector<In, V> raw;
         raw.load(static_cast<const In*>(sources.at[kind[p]]) + i);
-        raw.store_bits(out);
-      } else if (kind[p] == kEmpty && base == nullptr) {
-        store_value<Out, V>(out, 0.0f);
-      } else {
-        store_floats<Out, V>(out, acc[p]);
+        raw.store_bits(static_cast<In*>(outputs.at[p]) + i);
+        continue;
       }
+      if (kind[p] == kEmpty && base == nullptr)
+#pragma unroll
+        for (int v = 0; v < V; ++v) acc[p][v] = 0.0f;
+      store_as<In, V>(outputs.at[p], i, acc[p], wide);
     }
   }
 }
@@ -113,11 +113,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], 
 
 // A warp makes 16 * M rows of 64 columns; sources go from memory to registers, in the order in
 // which the matrix instruction wants them, and never through shared memory.
-template <typename In, typename Out, int M>
+template <typename In, int M>
 __global__ __launch_bounds__(kThreads) void matrix_route(
     const __grid_constant__ Sources sources, const __grid_constant__ Outputs outputs,
     const float* __restrict__ coefficients, int stride, int count, int used_rows,
-    const float* __restrict__ base, std::int64_t tiles) {
+    const float* __restrict__ base, std::int64_t tiles, bool wide) {
   constexpr int kRows = 16 * M;
   extern __shared__ float shared[];
   const int padded = (count + 15) / 16 * 16;
@@ -132,7 +132,7 @@ __global__ __launch_bounds__(kThreads) void matrix_route(
       largest = fmaxf(largest, fabsf(coefficients[std::int64_t(p) * stride + k]));
     const int shift = split_shift(largest);
     kind[p] = p < used_rows ? row_kind(coefficients + std::int64_t(p) * stride, count,
-                                       sizeof(In) == sizeof(Out) && base == nullptr)
+                                       !wide && base == nullptr)
                             : kEmpty;
     scale[p] = ldexpf(1.0f, -shift);
     for (int k = 0; k < padded; ++k) {
@@ -212,11 +212,10 @@ __global__ __launch_bounds__(kThreads) void matrix_route(
         const int p = m * 16 + mma_row(lane, i);
         if (p >= used_rows) continue;
         const std::int64_t first = at + mma_first_column(lane, i);
-        Out* out = static_cast<Out*>(outputs.at[p]) + first;
         if (kind[p] >= 0) {
           Vector<In, 8> raw;
           raw.load(static_cast<const In*>(sources.at[kind[p]]) + first);
-          raw.store_bits(out);
+          raw.store_bits(static_cast<In*>(outputs.at[p]) + first);
           continue;
         }
         float start[8], value[8];
@@ -242,11 +241,10 @@ __global__ __launch_bounds__(kThreads) void matrix_route(
             if (base != nullptr) value[j] += start[j];
           }
         }
-        if (kind[p] == kEmpty && base == nullptr) {
-          store_value<Out, 8>(out, 0.0f);
-        } else {
-          store_floats<Out, 8>(out, value);
-        }
+        if (kind[p] == kEmpty && base == nullptr)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) value[j] = 0.0f;
+        store_as<In, 8>(outputs.at[p], first, value, wide);
       }
   }
 }
@@ -266,23 +264,24 @@ struct Call {
   int count;
   const float* coefficients;
   const float* base;
+  bool wide;  // results are float32, and the sources are not
   cudaStream_t stream;
 };
 
-template <typename In, typename Out, int P, int V>
+template <typename In, int P, int V>
 int launch_scalar(const Call& call, const Outputs& outputs, int row, int rows, std::int64_t begin,
                   std::int64_t end) {
   if (begin >= end) return 0;
   const std::size_t shared = std::size_t(call.count) * (P + 1) * 4 + P * 4;
-  auto kernel = scalar_route<In, Out, P, V>;
+  auto kernel = scalar_route<In, P, V>;
   const std::int64_t wanted = ((end - begin) / V + kThreads - 1) / kThreads;
   kernel<<<blocks_for(kernel, shared, wanted), kThreads, shared, call.stream>>>(
       call.sources, outputs, call.coefficients + std::int64_t(row) * call.count, call.count,
-      call.count, rows, call.base, begin, end);
+      call.count, rows, call.base, begin, end, call.wide);
   return int(cudaGetLastError());
 }
 
-template <typename In, typename Out, int V>
+template <typename In, int V>
 int scalar_rows(const Call& call, void* const* outputs, int row, int rows, std::int64_t begin,
                 std::int64_t end) {
   for (int done = 0; done < rows;) {
@@ -292,12 +291,12 @@ int scalar_rows(const Call& call, void* const* outputs, int row, int rows, std::
     for (int p = 0; p < now; ++p) to.at[p] = outputs[row + done + p];
     int error;
     if (now == 1)
-      error = launch_scalar<In, Out, 1, V>(call, to, row + done, now, begin, end);
+      error = launch_scalar<In, 1, V>(call, to, row + done, now, begin, end);
     else if (V == 1 || now > 4)  // single elements are tails: two variants of them are enough
-      error = launch_scalar<In, Out, 8, V>(call, to, row + done, now, begin, end);
+      error = launch_scalar<In, 8, V>(call, to, row + done, now, begin, end);
     else if constexpr (V > 1)
-      error = now > 2 ? launch_scalar<In, Out, 4, V>(call, to, row + done, now, begin, end)
-                      : launch_scalar<In, Out, 2, V>(call, to, row + done, now, begin, end);
+      error = now > 2 ? launch_scalar<In, 4, V>(call, to, row + done, now, begin, end)
+                      : launch_scalar<In, 2, V>(call, to, row + done, now, begin, end);
     else
       error = -1;
     if (error) return error;
@@ -306,21 +305,21 @@ int scalar_rows(const Call& call, void* const* outputs, int row, int rows, std::
   return 0;
 }
 
-template <typename In, typename Out, int M>
+template <typename In, int M>
 int launch_matrix(const Call& call, void* const* outputs, int row, int rows, std::int64_t tiles) {
   constexpr int kRows = 16 * M;
   Outputs to{};
   for (int p = 0; p < rows; ++p) to.at[p] = outputs[row + p];
   const int pitch = (call.count + 15) / 16 * 16 + 8;
   const std::size_t shared = kRows * 8 + std::size_t(3) * kRows * pitch * sizeof(In);
-  auto kernel = matrix_route<In, Out, M>;
+  auto kernel = matrix_route<In, M>;
   cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          int(shared));
   if (set != cudaSuccess) return int(set);
   const std::int64_t wanted = (tiles + kThreads / 32 - 1) / (kThreads / 32);
   kernel<<<blocks_for(kernel, shared, wanted), kThreads, shared, call.stream>>>(
       call.sources, to, call.coefficients + std::int64_t(row) * call.count, call.count, call.count,
-      rows, call.base, tiles);
+      rows, call.base, tiles, call.wide);
   return int(cudaGetLastError());
 }
 
@@ -332,27 +331,27 @@ bool aligned(const Call& call, void* const* outputs, int rows) {
   return bits % 16 == 0;
 }
 
-template <typename In, typename Out>
+template <typename In>
 int run(const Call& call, void* const* outputs, int rows, std::int64_t n, bool tensor_cores) {
   constexpr int V = 16 / sizeof(In);
-  if (!aligned(call, outputs, rows)) return scalar_rows<In, Out, 1>(call, outputs, 0, rows, 0, n);
+  if (!aligned(call, outputs, rows)) return scalar_rows<In, 1>(call, outputs, 0, rows, 0, n);
   int row = 0;
   if constexpr (sizeof(In) == 2) {
     // Three matrix products per coefficient still wait for memory; for few rows they gain nothing.
     while (tensor_cores && rows - row > 8 && n >= 64) {
       const int now = rows - row >= kMaxOutputs ? kMaxOutputs : rows - row;
-      const int error = launch_matrix<In, Out, 2>(call, outputs, row, now, n / 64);
+      const int error = launch_matrix<In, 2>(call, outputs, row, now, n / 64);
       if (error) return error;
       const std::int64_t done = n / 64 * 64;
-      const int tail = scalar_rows<In, Out, 1>(call, outputs, row, now, done, n);
+      const int tail = scalar_rows<In, 1>(call, outputs, row, now, done, n);
       if (tail) return tail;
       row += now;
     }
   }
   const std::int64_t whole = n / V * V;
-  const int error = scalar_rows<In, Out, V>(call, outputs, row, rows - row, 0, whole);
+  const int error = scalar_rows<In, V>(call, outputs, row, rows - row, 0, whole);
   if (error) return error;
-  return scalar_rows<In, Out, 1>(call, outputs, row, rows - row, whole, n);
+  return scalar_rows<In, 1>(call, outputs, row, rows - row, whole, n);
 }
 
 }  // namespace
@@ -364,19 +363,14 @@ SL_API int sl_weighted_sum(const void* const* sources, int n_sources, const floa
                            void* stream) {
   using namespace searchlab;
   if (n_sources < 1 || n_sources > kMaxSources || n_outputs < 1 || n < 0) return -1;
-  Call call{{}, n_sources, coefficients, base, static_cast<cudaStream_t>(stream)};
+  if (out_type != kFloat32 && out_type != in_type) return -1;
+  Call call{{}, n_sources, coefficients, base, out_type != in_type,
+            static_cast<cudaStream_t>(stream)};
   for (int k = 0; k < n_sources; ++k) call.sources.at[k] = sources[k];
   const bool matrix = tensor_cores != 0;
-  if (in_type == kFloat32 && out_type == kFloat32)
-    return run<float, float>(call, outputs, n_outputs, n, matrix);
-  if (in_type == kFloat16 && out_type == kFloat32)
-    return run<Half, float>(call, outputs, n_outputs, n, matrix);
-  if (in_type == kFloat16 && out_type == kFloat16)
-    return run<Half, Half>(call, outputs, n_outputs, n, matrix);
-  if (in_type == kBFloat16 && out_type == kFloat32)
-    return run<Brain, float>(call, outputs, n_outputs, n, matrix);
-  if (in_type == kBFloat16 && out_type == kBFloat16)
-    return run<Brain, Brain>(call, outputs, n_outputs, n, matrix);
+  if (in_type == kFloat32) return run<float>(call, outputs, n_outputs, n, matrix);
+  if (in_type == kFloat16) return run<Half>(call, outputs, n_outputs, n, matrix);
+  if (in_type == kBFloat16) return run<Brain>(call, outputs, n_outputs, n, matrix);
   return -1;
 }
 

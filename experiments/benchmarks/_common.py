@@ -15,9 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from searchlab.errors import ConfigError
 from searchlab.evaluator import environment
 
-__all__ = ["Aim", "Journal", "Time", "data_folder", "flags", "lacking", "spread", "timed"]
+__all__ = [
+    "Aim",
+    "Journal",
+    "Time",
+    "data_folder",
+    "flags",
+    "lacking",
+    "other_parts",
+    "spread",
+    "timed",
+]
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,16 @@ def flags(
     *,
     add: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
-    """The parsed command line: `--quick`, `--check`, `--out FILE` and what `add` adds."""
+    """The parsed command line: `--quick`, `--check`, `--out FILE`, `--join`, what `add` adds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     parser.add_argument("--check", action="store_true", help="exit with 1 if an aim is missed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all lines as a JSON array")
+    parser.add_argument(
+        "--join", action="store_true", help="keep what FILE holds of cases that are not run now"
+    )
     if add is not None:
         add(parser)
     return parser.parse_args(arguments)
@@ -120,12 +134,32 @@ class Journal:
     def close(self) -> int:
         """Writes the file if one was asked for; the exit status."""
         if self.options.out is not None:
-            self.options.out.write_text("[\n" + ",\n".join(self.lines) + "\n]\n", "utf-8")
+            text = "[\n" + ",\n".join(self._joined(self.options.out)) + "\n]\n"
+            self.options.out.write_text(text, "utf-8")
         if not self.options.check:
             return 0
         for text in self.missed:
             print(f"falls short: {text}", file=sys.stderr)
         return 1 if self.missed else 0
+
+    def _joined(self, path: Path) -> list[str]:
+        """The lines of this run; with `--join`, in the places that their cases have in a file."""
+        if not (self.options.join and path.exists()):
+            return self.lines
+        by_case = {line["case"]: json.dumps(line) for line in json.loads(path.read_text("utf-8"))}
+        by_case |= {json.loads(text)["case"]: text for text in self.lines}
+        return [*by_case.values()]
+
+
+def other_parts(options: argparse.Namespace) -> list[str]:
+    """The lines of `--out` that parts other than those of `--part` left there."""
+    if options.part is None or options.out is None or not options.out.exists():
+        return []
+    lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
+    kept = [line for line in lines if line["part"] not in options.part]
+    if any(line["quick"] is not options.quick for line in kept):
+        raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
+    return [json.dumps(line) for line in kept]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from searchlab.errors import ConfigError
-from searchlab.experiments.benchmarks._common import Journal, flags
+from searchlab.experiments.benchmarks._common import Journal, flags, other_parts
 
 __all__ = ["PARTS", "main"]
 
@@ -36,21 +33,10 @@ def _parts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _others(options: argparse.Namespace) -> list[str]:
-    """The lines that other parts left in the file."""
-    if options.part is None or options.out is None or not options.out.exists():
-        return []
-    lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
-    kept = [line for line in lines if line["part"] not in options.part]
-    if any(line["quick"] is not options.quick for line in kept):
-        raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
-    return [json.dumps(line) for line in kept]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
     options = flags(__doc__, arguments, add=_parts)
-    journal = Journal("algorithms", options, lines=_others(options))
+    journal = Journal("algorithms", options, lines=other_parts(options))
     for name, module in PARTS.items():
         if options.part is None or name in options.part:
             journal.part = name

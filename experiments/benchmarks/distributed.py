@@ -9,22 +9,26 @@ evaluations up to the last start, without the end at which nothing is left to be
 `limit_of_the_lag` is what the order of results leaves if nothing else takes time. Ray Tune runs the
 same sleeping candidates in the same process. The last cases use real nodes (`ray start`): solver
 schedules are searched on two, with the trace held against that of worker processes, and 20 runs
-lose a worker, a node or their driver. `--quick` has fewer
-workers, shorter evaluations and neither Ray Tune nor the two nodes.
+lose a worker, a node or their driver.
+
+The long form takes a quarter of an hour on a machine with nothing else to do; with `--part NAMES
+--out FILE --join` it is run piece by piece into one file. `--quick` has fewer workers, shorter
+evaluations, every path of ours once, and neither Ray Tune nor further nodes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import heapq
 import json
+import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +40,7 @@ from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import Chunk, Executor, RayExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
 from searchlab.experiments.benchmarks._distributed_kills import run_kills
+from searchlab.experiments.benchmarks._distributed_tune import run_tune
 from searchlab.population import Evaluations, Jobs
 from searchlab.records import Records
 from searchlab.search import run
@@ -48,7 +53,6 @@ from searchlab.variables import Choice, Integer, Real
 
 Shape = Literal["uniform", "lognormal"]
 SEED = 7
-TUNE_S = 180  # seconds after which Ray Tune ends with the trials that are done
 
 
 def _space() -> Space:
@@ -70,7 +74,7 @@ def _length(plan: dict[str, Any], shape: Shape, mean: float) -> float:
 
 
 class Sleeper(FunctionEvaluator):
-    """Sleeps as long as each candidate takes; its value does not matter here."""
+    """Takes as long as its candidates say, what it computes included; values do not matter here."""
 
     thread_safe = True
 
@@ -80,16 +84,37 @@ class Sleeper(FunctionEvaluator):
         object.__setattr__(self, "mean", mean)
 
     def evaluate(self, jobs: Jobs) -> Evaluations:
+        began = time.perf_counter()
         shape: Shape = vars(self)["shape"]
         plans = self.space.decode(jobs.population)
-        time.sleep(sum(_length(plan, shape, vars(self)["mean"]) for plan in plans))
-        return Evaluations(np.array([_fraction(**plan) for plan in plans]))
+        until = began + sum(_length(plan, shape, vars(self)["mean"]) for plan in plans)
+        values = np.array([_fraction(**plan) for plan in plans])
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return Evaluations(values)
 
 
 def _config(evaluator: FunctionEvaluator, budget: int, **more: Any) -> SearchConfig:
     algorithm = AlgorithmSpec("evolution", {"quantum": more.pop("quantum", 1)})
     stage = Stage("search", evaluator.space, evaluator, algorithm, Budget(budget))
     return SearchConfig((stage,), seed=SEED, **more)
+
+
+def _executor(actors: int, threads: int = 1) -> RayExecutor:
+    """On the cluster that this process has joined."""
+    return RayExecutor(workers=actors, at_once=threads, cpus=0.01)
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    """A connection to a cluster of one node for all cases in this process."""
+    import ray
+
+    with head(cpus=1) as (address, _):
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _records(config: SearchConfig, executor: Executor) -> Records:
@@ -138,7 +163,7 @@ def _busy(
 ) -> None:
     actors, threads = size
     workers = actors * threads
-    executor = RayExecutor(workers=actors, at_once=threads, cpus=0.01)
+    executor = _executor(actors, threads)
     config = _config(Sleeper(shape, mean), budget, lag=lag)
     cpu = time.process_time()
     records = _records(config, executor)
@@ -183,56 +208,6 @@ def _by_lag(journal: Journal, mean: float, budget: int, workers: int) -> None:
     journal.case("utilisation by lag, virtual time", figures, seeds=(SEED,))
 
 
-def _tune(journal: Journal, mean: float, trials: int, actors: int, threads: int) -> None:
-    """The same sleeping candidates as trials of Ray Tune, as many at once."""
-    import ray
-    from ray import tune
-
-    workers = actors * threads
-    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
-
-    def trial(config: dict[str, Any]) -> dict[str, float]:
-        kind = [config[f"k{i}"] for i in range(16)]
-        plan = {"kind": kind, "x": config["x"], "n": config["n"]}
-        length = _length(plan, "uniform", mean)
-        time.sleep(length)
-        return {"value": length}
-
-    parameters: dict[str, Any] = {f"k{i}": tune.choice(list(range(8))) for i in range(16)}
-    parameters |= {"x": tune.uniform(0, 1), "n": tune.randint(0, 100)}
-    try:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 1}),
-            param_space=parameters,
-            tune_config=tune.TuneConfig(
-                metric="value",
-                mode="min",
-                num_samples=trials,
-                max_concurrent_trials=workers,
-                reuse_actors=True,
-                time_budget_s=TUNE_S,
-            ),
-            run_config=tune.RunConfig(verbose=0, storage_path=tempfile.mkdtemp()),
-        )
-        began = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):
-            results = tuner.fit()
-        seconds = time.perf_counter() - began
-    finally:
-        ray.shutdown()
-    slept = [result.metrics["value"] for result in results if "value" in (result.metrics or {})]
-    journal.case(
-        "ray tune, uniform times",
-        {
-            "workers": workers,
-            "trials": len(slept),
-            "seconds": round(seconds, 2),
-            "share_of_ideal": round(sum(slept) / workers / seconds, 4),
-            "evaluations_per_s": round(len(slept) / seconds, 2),
-        },
-    )
-
-
 # -- cheap evaluations, and the driver ------------------------------------------------------------
 
 
@@ -242,7 +217,7 @@ def _cheap(journal: Journal, mean: float, budget: int, least: float, chunk: int)
     space = evaluator.space
     population = space.sample(uniforms(SEED, 0, 0, budget, space.sample_width))
     jobs = jobs_of(space, population)
-    executor = RayExecutor(workers=2, cpus=0.01)
+    executor = _executor(2)
     executor.start((evaluator,))
     parts = [jobs.take(range(i, min(i + chunk, budget))) for i in range(0, budget, chunk)]
     for part in parts[:8]:  # connections are made, durations are known
@@ -254,7 +229,7 @@ def _cheap(journal: Journal, mean: float, budget: int, least: float, chunk: int)
     _collect(executor, len(parts))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     executor.close()
-    searching = RayExecutor(workers=2, cpus=0.01)
+    searching = _executor(2)
     config = _config(evaluator, budget, quantum=10 * chunk, chunk=chunk, lag=50 * chunk)
     records = _records(config, searching)
     wall = float(records.finished.max() - records.started.min())
@@ -285,7 +260,7 @@ def _collect(executor: Executor, n: int) -> None:
 
 
 def _thousand(journal: Journal, mean: float, budget: int, actors: int, threads: int) -> None:
-    executor = RayExecutor(workers=actors, at_once=threads, cpus=0.01)
+    executor = _executor(actors, threads)
     evaluator = Sleeper("uniform", mean)
     workers = executor.workers
     config = _config(evaluator, budget, quantum=max(1, workers // 4), chunk=1, lag=2 * workers)
@@ -375,11 +350,13 @@ def _schedules(
 
 
 def _shares(records: Records) -> dict[str, int]:
-    names, counts = np.unique([w for w in records.worker if w != "cache"], return_counts=True)
+    names, counts = np.unique(
+        [w for w in records.worker if w not in ("", "cache")], return_counts=True
+    )
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-PARTS = ("busy", "tune", "cheap", "driver", "nodes", "kills")
+PARTS = ("busy", "tails", "cheap", "driver", "tune", "nodes", "kills")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -387,34 +364,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = flags(__doc__, arguments, add=_own_flags)
     environment()
     journal = Journal("distributed", options)
-    size = (2, 4) if options.quick else (8, 8)
-    mean, budget = (0.2, 120) if options.quick else (1.0, 2560)
-    workers = size[0] * size[1]
-    if "busy" in options.part:
-        for lag in ("free", 2 * workers):
-            aim = ("share_of_ideal", 0.95)
-            _busy(journal, "uniform", mean, budget, lag, size, aim=aim)
-        _busy(journal, "lognormal", mean, budget, "free", size, aim=("steady", 0.9))
-        if not options.quick:
-            _busy(journal, "lognormal", mean, budget, 8 * workers, size, aim=None)
-        _by_lag(journal, mean, budget, workers)
-    if "cheap" in options.part:
-        _cheap(journal, 1e-4, 4_000 if options.quick else 100_000, 5_000, 20)
-        _cheap(journal, 1e-3, 1_000 if options.quick else 20_000, 1_800, 20)
-    if "driver" in options.part:
-        _thousand(journal, *((0.5, 400, 2, 20) if options.quick else (2.0, 10_000, 8, 125)))
-    on_nodes: tuple[tuple[str, str, Callable[[], None]], ...] = (
-        ("tune", "ray tune, uniform times", lambda: _tune(journal, mean, 2 * workers, *size)),
+    if {"busy", "tails", "cheap", "driver"} & set(options.part):
+        with _joined():
+            (_short if options.quick else _sleeping)(journal)
+    elsewhere: tuple[tuple[str, str, Callable[[], None]], ...] = (
+        ("tune", "ray tune, uniform times", lambda: _tune(journal)),
         ("nodes", "solver schedules on two nodes", lambda: _room(journal, 200)),
         ("kills", "runs with a kill each", lambda: run_kills(journal, 20)),
     )
-    for part, name, case in on_nodes:
+    for part, name, case in elsewhere:
         if part in options.part:
             if options.quick:
                 journal.skip(name, "not in the short form")
             else:
                 case()
     return journal.close()
+
+
+def _short(journal: Journal) -> None:
+    """Both kinds of lag and of times, chunks alone and in a search, many threads."""
+    size = (2, 4)
+    _busy(journal, "uniform", 0.2, 80, 16, size, aim=("share_of_ideal", 0.95))
+    _busy(journal, "lognormal", 0.2, 80, "free", size, aim=("steady", 0.9))
+    _by_lag(journal, 0.2, 80, 8)
+    _cheap(journal, 1e-4, 4_000, 5_000, 20)
+    _thousand(journal, 0.5, 200, 1, 40)
+
+
+def _sleeping(journal: Journal) -> None:
+    """What runs on the cluster that this process has joined."""
+    part, size, budget = journal.options.part, (8, 8), 2560
+    if "busy" in part:
+        for lag in ("free", 128):
+            _busy(journal, "uniform", 1.0, budget, lag, size, aim=("share_of_ideal", 0.95))
+    if "tails" in part:
+        _busy(journal, "lognormal", 1.0, budget, "free", size, aim=("steady", 0.9))
+        _busy(journal, "lognormal", 1.0, budget, 512, size, aim=None)
+        _by_lag(journal, 1.0, budget, 64)
+    if "cheap" in part:
+        _cheap(journal, 1e-4, 100_000, 5_000, 20)
+        _cheap(journal, 1e-3, 20_000, 1_800, 20)
+    if "driver" in part:
+        _thousand(journal, 2.0, 10_000, 8, 125)
+
+
+def _tune(journal: Journal) -> None:
+    run_tune(journal, lambda plan: _length(plan, "uniform", 1.0), _steady, 2560, 64)
 
 
 def _own_flags(parser: argparse.ArgumentParser) -> None:

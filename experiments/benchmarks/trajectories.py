@@ -80,10 +80,10 @@ QUICK = Sizes(
     nfe=(5, 6),
     budget=80,
     search_samples=16,
-    timed=16,
-    repeats=3,
-    samples={64: 0.85, 1000: 1.15},
-    few=(1, 3, 7),
+    timed=8,
+    repeats=2,
+    samples={64: 0.85, 500: 1.15},
+    few=(1, 7),
 )
 
 
@@ -242,7 +242,7 @@ def _one_by_one(tree: PrefixTree, groups: Sequence[Tables]) -> list[Tensor]:
 def _bits(journal: Journal, problem: SamplingProblem, tables: Tables, few: Sequence[int]) -> None:
     """Largest difference between a population and the same schedules alone."""
     chosen = tables[:SEARCH_CHUNK]
-    more = (*few, 16, 64, 100)
+    more = (*few, 16, 64, 100) if len(few) > 2 else (*few, 16)
     for model, named, padding, counts in (
         (problem.denoise, "the digits model", MIN_ROWS, more),
         (_dense(), "dense layers", MIN_ROWS, more),

@@ -328,7 +328,8 @@ class Algorithm:
             n_seeds: rows that are not drawn.
             holder: key -> the row that has it.
         """
-        ids, known = jobs.ids.tolist(), self._issued.get
+        ids, issued = jobs.ids.tolist(), self._issued
+        known = issued.get
         rest = [row for row, key in enumerate(jobs.keys) if holder.get(key) != row]
         # Of rows that did not keep their first attempt: all attempts, and the one they stand at.
         attempts = {row: [jobs.keys[row]] for row in rest}
@@ -371,8 +372,11 @@ class Algorithm:
                     attempts[row].append(key)
                     source[row, attempt] = len(draws), place
                 draws.append(draw)
-                for row in rows:
-                    settle(row)
+                for row, key in zip(rows, keys, strict=True):
+                    if key in issued or key in holder:
+                        settle(row)
+                    else:  # what `settle` comes to for most
+                        holder[key] = row
         return _assembled(jobs, attempts, at, source, draws)
 
     def report(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from searchlab.space import Space
 
 __all__ = ["Evolution", "ParentRule"]
 
+MANY = 4  # times what a pool holds: from here on the best are looked for before columns are joined
 _EVERYWHERE = 0  # the niche of a search without niches
 
 
@@ -34,6 +35,7 @@ class ParentRule:
         start: mu at the beginning, where mu is None.
         margin: for "threshold", in the objective's unit.
         limit: the largest pool that is kept.
+        least: for "threshold", the smallest pool, also where fewer are within the margin.
     """
 
     kind: Literal["power", "rank", "threshold"] = "power"
@@ -41,6 +43,7 @@ class ParentRule:
     margin: float = 0.0
     limit: int = 40
     start: int = 6
+    least: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("power", "rank", "threshold"):
@@ -49,6 +52,12 @@ class ParentRule:
             raise ConfigError(f"mu {self.mu}; allowed: 1 to {self.limit}")
         if not 1 <= self.start <= self.limit:
             raise ConfigError(f"start {self.start}; allowed: 1 to {self.limit}")
+        if not 1 <= self.least <= self.limit:
+            raise ConfigError(f"least {self.least}; allowed: 1 to {self.limit}")
+
+    def settings(self) -> dict[str, Any]:
+        """For the record; `least` where it is set."""
+        return {key: value for key, value in vars(self).items() if key != "least" or value != 1}
 
     def count(self, told: int) -> int:
         return self.mu if self.mu is not None else min(self.limit, self.start + told // 250)
@@ -86,6 +95,9 @@ class _Pool:
         keep = rows[may]
         if not len(keep):
             return
+        if len(keep) > MANY * limit:
+            best = np.sort(np.lexsort((-told.ids[keep], f[may], v[may]))[:limit])
+            keep, may = keep[best], np.flatnonzero(may)[best]
         ids = np.concatenate([self.ids, told.ids[keep]])
         loss = np.concatenate([self.loss, f[may]])
         violation = np.concatenate([self.violation, v[may]])
@@ -114,6 +126,11 @@ class Evolution(Algorithm):
         neighbour: with niches, the probability that the parents of a child come from the next
             lower or higher niche, so that a longer schedule can start from a shorter one.
         quantum: candidates per ask group.
+        mating: probability that a child has two different parents, drawn by `mates`; the others
+            then have one parent, drawn by `parents`, given twice. None = two draws by `parents`.
+        mates: see `mating`; None = `parents`.
+        early: the variation of the first `early_until` ids of the stage (random ones included), for
+            searches whose operator changes; `mating` begins after them.
         race: give every job a bound: the loss of the worst candidate that is kept for parents.
             What is beyond it changes neither proposals nor the best, so evaluators may stop there.
     """
@@ -136,6 +153,10 @@ class Evolution(Algorithm):
         neighbour: float = 0.0,
         quantum: int = 1,
         race: bool = False,
+        mating: float | None = None,
+        mates: ParentRule | None = None,
+        early: Variation | None = None,
+        early_until: int = 0,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
         if n_random < 0 or quantum < 1:
@@ -144,6 +165,12 @@ class Evolution(Algorithm):
             raise ConfigError("race with repeats 'allow'; allowed: redraw")
         if (niche is None) != (not niches):
             raise ConfigError(f"niche {niche!r} with niches {niches}; allowed: both or none")
+        if mating is not None and (niche is not None or not 0 <= mating <= 1):
+            raise ConfigError(f"mating {mating}, niche {niche!r}; allowed: in [0, 1], no niche")
+        if (early is None) != (early_until == 0) or early_until < 0:
+            raise ConfigError(f"early_until {early_until}; allowed: 1 or more, with `early`")
+        self.mating, self.mates = mating, mates
+        self.early, self.early_until = early, early_until
         self.n_random = n_random
         self.parents = parents or ParentRule()
         self.variation: Variation = variation or UniformVariation()
@@ -156,16 +183,27 @@ class Evolution(Algorithm):
         self._pools: dict[int, _Pool] = {}
 
     def settings(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"race": True} if self.race else {}
+        if self.mating is not None:
+            mates = self.mates or self.parents
+            more |= {"mating": self.mating, "mates": mates.settings()}
+        if self.early is not None:
+            more |= {"early": self.early.settings(), "early_until": self.early_until}
         return {
             **super().settings(),
-            **({"race": True} if self.race else {}),
+            **more,
             "n_random": self.n_random,
-            "parents": vars(self.parents),
+            "parents": self.parents.settings(),
             "variation": self.variation.settings(),
             "niche": self.niche,
             "niches": list(self.niches),
             "neighbour": self.neighbour,
         }
+
+    @property
+    def _limit(self) -> int:
+        """How many candidates are kept for parents."""
+        return max(self.parents.limit, self.mates.limit if self.mates else 0)
 
     def _width(self) -> int:
         own = 5 + self._variation_width
@@ -173,30 +211,36 @@ class Evolution(Algorithm):
 
     @cached_property
     def _variation_width(self) -> int:
-        return self.variation.width(self.space)
+        own = self.variation.width(self.space)
+        return own if self.early is None else max(own, self.early.width(self.space))
 
     def _basis(self) -> Hashable | None:
         if type(self) is not Evolution:  # a subclass may draw in another way
             return None
         # All parents there may be: a candidate that was told never changes.
         filled = [(value, pool) for value, pool in self._pools.items() if len(pool.ids)]
+        mates = self.parents if self.mating is None or self.mates is None else self.mates
+        counts = [(self._parent_count(p), self._parent_count(p, mates)) for _, p in filled]
         return tuple(
-            [(value, pool.ids[: self._parent_count(pool)].tobytes()) for value, pool in filled]
+            [
+                (value, *both, pool.ids[: max(both)].tobytes())
+                for (value, pool), both in zip(filled, counts, strict=True)
+            ]
         )
 
     def _learn(self, told: Told) -> None:
         if self.niche is None:
-            self._pool(_EVERYWHERE).merge(told, np.arange(len(told.ids)), self.parents.limit)
+            self._pool(_EVERYWHERE).merge(told, np.arange(len(told.ids)), self._limit)
             return
         niches = self._niches_of(told.population)
         for value in np.unique(niches).tolist():
-            self._pool(value).merge(told, np.flatnonzero(niches == value), self.parents.limit)
+            self._pool(value).merge(told, np.flatnonzero(niches == value), self._limit)
 
     def _bound(self, population: Population) -> NDArray[np.float64] | None:
         if not self.race:
             return None
         niches = self._niches_of(population).tolist()
-        limit = self.parents.limit
+        limit = self._limit
         bounds = {
             value: self._pool(value).bound(limit) if value in self._pools else np.nan
             for value in set(niches)
@@ -220,7 +264,7 @@ class Evolution(Algorithm):
         start = self.first_id + len(self.seeds.population) + self.n_random
         usable = any(len(pool.ids) for pool in self._pools.values())
         if usable and ids[0] >= start:
-            return self._vary(u, strength)
+            return self._vary(ids, u, strength)
         random = (ids < start) | (not usable)
         if random.all():
             population = self.space.sample(u[:, 5 : 5 + self.space.sample_width])
@@ -235,14 +279,22 @@ class Evolution(Algorithm):
                 [*first.origin, *second.origin],
                 np.concatenate([first.parents, second.parents]),
             )
-        return self._vary(u, strength)
+        return self._vary(ids, u, strength)
 
-    def _vary(self, u: NDArray[np.float64], strength: float) -> Draw:
+    def _vary(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw:
+        young = ids < self.first_id + self.early_until
+        if young.any() and not young.all():
+            parts = [self._vary(ids[some], u[some], strength) for some in (young, ~young)]
+            return Draw(
+                Population.concat([part.population for part in parts]),
+                [origin for part in parts for origin in part.origin],
+                np.concatenate([part.parents for part in parts]),
+            )
+        by = self.early if self.early is not None and young.any() else self.variation
         if self.niche is None:
             pool = self._pools[_EVERYWHERE]
-            count = self._parent_count(pool)
-            rows = self._ranks(u[:, 2:4], count)
-            return self._children(pool.population, pool.ids, rows, u, strength, None)
+            rows = self._pairs(pool, u[:, 2:5], paired=not young.any())
+            return self._children(pool.population, pool.ids, rows, u, strength, None, by)
         targets, homes = self._niches(u)
         rows = np.empty((len(u), 2), dtype=np.int64)
         pools, offset = [], 0
@@ -255,7 +307,7 @@ class Evolution(Algorithm):
             pools.append(pool)
         population = Population.concat([pool.population for pool in pools])
         all_ids = np.concatenate([pool.ids for pool in pools])
-        return self._children(population, all_ids, rows, u, strength, targets)
+        return self._children(population, all_ids, rows, u, strength, targets, by)
 
     def _children(
         self,
@@ -265,12 +317,14 @@ class Evolution(Algorithm):
         u: NDArray[np.float64],
         strength: float,
         targets: NDArray[np.int64] | None,
+        by: Variation,
     ) -> Draw:
-        children = self.variation.vary(
+        width = self._variation_width if self.early is None else by.width(self.space)
+        children = by.vary(
             self.space,
             population.take(rows[:, 0]),
             population.take(rows[:, 1]),
-            u[:, 5 : 5 + self._variation_width],
+            u[:, 5 : 5 + width],
             strength=strength,
             targets=targets,
         )
@@ -291,12 +345,30 @@ class Evolution(Algorithm):
                 homes[row] = min(filled, key=lambda value: (abs(value - target), value))
         return targets, homes
 
-    def _parent_count(self, pool: _Pool) -> int:
-        if self.parents.kind == "threshold":
-            close = pool.loss <= pool.loss[0] + self.parents.margin
-            return max(1, int((close & (pool.violation <= pool.violation[0])).sum()))
-        return min(len(pool.ids), self.parents.count(pool.told))
+    def _pairs(self, pool: _Pool, u: NDArray[np.float64], *, paired: bool) -> NDArray[np.int64]:
+        """Rows (n, 2) of the pool, from uniforms (n, 3); `paired` = two may mate."""
+        rows = self._ranks(u[:, :2], self._parent_count(pool))
+        if self.mating is None:
+            return rows
+        rows[:, 1] = rows[:, 0]
+        rule = self.mates or self.parents
+        count = self._parent_count(pool, rule)
+        if not paired or count < 2:
+            return rows
+        pairs = self._ranks(u[:, :2], count, rule)
+        pairs[:, 1] = np.where(pairs[:, 0] == pairs[:, 1], (pairs[:, 1] + 1) % count, pairs[:, 1])
+        return np.where(u[:, 2:] < self.mating, pairs, rows)
 
-    def _ranks(self, u: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-        shaped = u * u if self.parents.kind == "power" else u
+    def _parent_count(self, pool: _Pool, rule: ParentRule | None = None) -> int:
+        rule = rule or self.parents
+        if rule.kind == "threshold":
+            close = pool.loss <= pool.loss[0] + rule.margin
+            near = int((close & (pool.violation <= pool.violation[0])).sum())
+            return min(max(near, rule.least), len(pool.ids))
+        return min(len(pool.ids), rule.count(pool.told))
+
+    def _ranks(
+        self, u: NDArray[np.float64], count: int, rule: ParentRule | None = None
+    ) -> NDArray[np.int64]:
+        shaped = u * u if (rule or self.parents).kind == "power" else u
         return (shaped * count).astype(np.int64)

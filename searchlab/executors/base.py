@@ -10,6 +10,7 @@ from typing import Protocol
 
 from searchlab.errors import EvaluationError
 from searchlab.evaluator import Evaluator
+from searchlab.executors.out_of_memory import evaluate_within_memory
 from searchlab.population import Evaluations, Jobs
 
 __all__ = ["Chunk", "Done", "Executor", "Usage", "evaluate_chunk", "failed_chunk", "usage_of"]
@@ -140,7 +141,11 @@ def failed_chunk(
 
 
 def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local") -> Done:
-    """Evaluates one chunk; whatever the evaluator raises becomes `failed` rows with a reason."""
+    """Evaluates one chunk; whatever the evaluator raises becomes `failed` rows with a reason.
+
+    The chunk stays whole out of memory: an evaluator that has a `micro_batch` takes fewer rows at
+    once, and `notes["micro_batch"]` of the evaluations says how many.
+    """
     jobs = chunk.jobs
     n = len(jobs)
     padded = jobs
@@ -149,10 +154,10 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
     if chunk.forget:
         forget: Callable[[], None] = getattr(evaluator, "forget", lambda: None)
         forget()
-    raised = ""
+    raised, micro_batch = "", 0
     started = time.time()
     try:
-        answer: object = evaluator.evaluate(padded)
+        answer, micro_batch = evaluate_within_memory(evaluator, padded)
         if not isinstance(answer, Evaluations):
             raise EvaluationError(
                 f"evaluator returned {type(answer).__name__}; allowed: Evaluations"
@@ -180,6 +185,8 @@ def evaluate_chunk(evaluator: Evaluator, chunk: Chunk, *, worker: str = "local")
         evaluations = Evaluations.failed(n, len(evaluator.objectives), text)
         raised = traceback.format_exc()
     finished = time.time()
+    if micro_batch:
+        evaluations.notes["micro_batch"] = micro_batch
     if evaluations.cost_s is not None and not evaluations.cost_s.any():
         evaluations.cost_s = evaluations.cost_s + (finished - started) / max(1, n)
     return Done(chunk, evaluations, started, finished, worker, traceback=raised)

@@ -182,7 +182,7 @@ class RayExecutor:
             cluster.join()
             import ray
 
-            fitting = self._fitting(cluster)
+            fitting = max(1, self._fitting(cluster))
             pool = self._pool = Pool(cluster, evaluators, [ray.put(evaluators)], setting)
             pool.grow(fitting if wanted is None else wanted)
             self._counted = max(1, len(pool.members))
@@ -193,16 +193,12 @@ class RayExecutor:
             raise
 
     def _fitting(self, cluster: Cluster) -> int:
-        """How many workers the nodes hold; at least one, or an error, or a wait for nodes."""
-        said = False
-        while not (fitting := cluster.capacity()):
+        """How many workers the nodes hold; without room for any an error, or said."""
+        if not (fitting := cluster.capacity()):
             if self._missing == "stop":
                 raise ConfigError(f"{cluster.lacking()}; allowed: less, or missing='wait'")
-            if not said:
-                said = True
-                warnings.warn(f"waiting: {cluster.lacking()}", SearchlabWarning, stacklevel=2)
-            time.sleep(1.0)
-            cluster.check_alive()
+            # The workers are asked for nevertheless, so that an autoscaler knows what is wanted.
+            warnings.warn(f"waiting: {cluster.lacking()}", SearchlabWarning, stacklevel=3)
         return fitting
 
     def _wait_for_workers(self, pool: Pool, expected: int) -> None:
@@ -231,7 +227,8 @@ class RayExecutor:
                 )
                 if self._missing == "stop":
                     raise ConfigError(f"{text}; allowed: less, or missing='wait'")
-                warnings.warn(f"waiting: {text}", SearchlabWarning, stacklevel=2)
+                if pool.cluster.capacity():  # otherwise it was said
+                    warnings.warn(f"waiting: {text}", SearchlabWarning, stacklevel=3)
                 until = math.inf
 
     def close(self) -> None:

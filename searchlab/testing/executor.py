@@ -81,7 +81,20 @@ class Counting(FunctionEvaluator):
         return Evaluations(np.full(len(jobs), float(self.calls)))
 
 
-GOOD, BROKEN, SHORT, LEAVES, ODD, NEIGHBOURS, COUNTING, FATAL = range(8)
+class Large(FunctionEvaluator):
+    """Runs out of memory with more than `FITS` rows at once; says with how many it was called."""
+
+    micro_batch = 32
+
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        """100 times the number of jobs, and the micro-batch."""
+        if min(self.micro_batch, len(jobs)) > FITS:
+            raise MemoryError(f"{self.micro_batch} rows")
+        return Evaluations(np.full(len(jobs), 100.0 * len(jobs) + self.micro_batch))
+
+
+FITS = 5
+GOOD, BROKEN, SHORT, LEAVES, ODD, NEIGHBOURS, COUNTING, FATAL, LARGE = range(9)
 
 
 def evaluators() -> tuple[Evaluator, ...]:
@@ -96,6 +109,7 @@ def evaluators() -> tuple[Evaluator, ...]:
         FunctionEvaluator(neighbours, space, batch=True, reproducibility="batch"),
         Counting(double, space),
         FunctionEvaluator(fatal, space, batch=True),
+        Large(double, space, reproducibility="batch"),
     )
 
 
@@ -200,6 +214,15 @@ class ExecutorSuite:
         assert done.evaluations.reason == ["ValueError: two lines"] * 3
         started.submit(chunk(3, 1))
         assert len(collect(started, 1)) == 1
+
+    def test_out_of_memory_takes_fewer_rows_at_once_in_the_same_chunk(
+        self, started: Executor
+    ) -> None:
+        for first, n in ((0, 8), (8, 7)):
+            started.submit(chunk(first, n, evaluator=LARGE))
+            (done,) = collect(started, 1)
+            assert done.evaluations.values[:, 0].tolist() == [100.0 * n + 4] * n
+            assert done.evaluations.notes["micro_batch"] == 4
 
     def test_a_wrong_number_of_rows_is_a_failure(self, started: Executor) -> None:
         started.submit(chunk(0, 3, evaluator=2))

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from searchlab.errors import ConfigError, DataError
+from searchlab.spaces.checkpoint_mix.buffers import Pool, buffer
 from searchlab.spaces.checkpoint_mix.layout import Layout, layout_of
 from searchlab.spaces.checkpoint_mix.sources import CheckpointSource
 
@@ -81,6 +82,7 @@ class CheckpointBank:
         tile: elements of a tile's row, a multiple of 64.
         device: where rows are kept and mixed ("cuda") by `cuda_ext.weighted_sum`; its last bits are
             its own. `memory` is then the device's. None = tiles, mixed by the CPU.
+        announce: gets the memory plan as text before anything is read or allocated.
 
     Raises:
         DataError: what `layout_of` refuses; no room on disk for the tiles.
@@ -97,6 +99,7 @@ class CheckpointBank:
         delta: Literal["float16", "bfloat16"] | None = None,
         tile: int = TILE,
         device: str | None = None,
+        announce: Callable[[str], object] | None = None,
     ) -> None:
         if storage not in (None, "memory", "mapped", "streamed", "device"):
             raise ConfigError(f"storage {storage!r}; allowed: memory, mapped, streamed, device")
@@ -124,6 +127,9 @@ class CheckpointBank:
             raise ConfigError(f"memory of {memory} bytes; allowed: more than 0")
         self.storage: Storage = storage or self._storage()
         self.plan = self._plan()
+        if announce is not None:
+            announce(str(self.plan))
+        self.pool = Pool()
         self.broken: dict[int, str] = {}
         self._tiles: list[Tensor] = []
         self._base: list[Tensor | None] = [None] * len(self.layout.blocks)
@@ -249,7 +255,7 @@ class CheckpointBank:
             return
         if self.storage == "memory":
             for b in blocks:
-                tiles = torch.empty(self._shape(b), dtype=self.dtype_of(b))
+                tiles = buffer(self._shape(b), self.dtype_of(b))
                 self._tiles.append(tiles)
                 for first, part in self._slabs(b):
                     tiles[first : first + len(part)] = part
@@ -397,7 +403,7 @@ class CheckpointBank:
         slab = self._slab(block)
         dtype = self.dtype_of(block)
         shape = (slab, len(self), width)
-        buffers = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+        buffers = [self.pool.take(shape, dtype) for _ in range(2)]
         tile_bytes = len(self) * width * dtype.itemsize
         starts = list(range(0, count, slab))
         handle = os.open(self._file(block), os.O_RDONLY)

@@ -23,6 +23,10 @@ Array = NDArray[np.float64]
 # this many rows makes a candidate's weights independent of how many are mixed along with it.
 LEAST_ROWS = 4
 
+# Rows further apart than this are beyond the integers of the matrix library, whose place a slow
+# loop then takes: they are filled from a small product.
+FARTHEST = 2**31 - 1
+
 
 def merge(
     bank: CheckpointBank,
@@ -104,10 +108,11 @@ def _merge_block(
     if bank.delta is not None:
         padded[:, :, -1] = 0.0  # the newest is the base, and differs from it by nothing
     weights = torch.from_numpy(np.ascontiguousarray(padded.transpose(1, 0, 2))).to(wide)
-    out = torch.empty((p, size), dtype=wide)
-    part = torch.empty((rows, width), dtype=wide)
+    out = bank.pool.take((p, size), wide)
+    part = torch.empty((rows, width), dtype=wide)  # where rows are padded
     room = torch.empty((k, width), dtype=wide)
     same = bank.dtype_of(block) is wide
+    direct = rows == p and size <= FARTHEST
     at = 0
     for number, tile in bank.walk(block):
         first = number * width
@@ -119,12 +124,11 @@ def _merge_block(
             if segment.start >= last:
                 break
             low, high = max(first, segment.start), min(last, segment.end)
-            if high - low == width:
-                torch.mm(weights[segment.group], values, out=part)
-                out[:, low:high] = part[:p]
-            else:
-                mixed = weights[segment.group] @ values[:, low - first : high - first]
-                out[:, low:high] = mixed[:p]
+            stretch = values[:, low - first : high - first]
+            to = out[:, low:high] if direct else part[:, : high - low]
+            torch.mm(weights[segment.group], stretch, out=to)
+            if not direct:
+                out[:, low:high] = to[:p]
     base = bank.base(block)
     if base is not None:
         for segment in segments:

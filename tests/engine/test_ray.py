@@ -24,12 +24,12 @@ import process_tools
 from process_tools import mixed_space
 
 import searchlab
-from searchlab._executor_flags import add_flags, executor_options
+from searchlab._executor_flags import _resources, add_flags, executor_options
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
 from searchlab.executors import Executor, LocalExecutor, RayExecutor
-from searchlab.executors.ray_cluster import Need, check_token, is_loopback, split_address
+from searchlab.executors.ray_cluster import Cluster, Need, check_token, is_loopback, split_address
 from searchlab.loop import Callback, Progress
 from searchlab.population import Jobs
 from searchlab.search import run, search
@@ -359,10 +359,13 @@ def test_addresses_that_are_no_cluster(tmp_path: Path) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     silent = socket.create_server(("127.0.0.1", 0))
+    other = socket.create_server(("127.0.0.1", 0))  # speaks HTTP/2 and knows no such method
+    threading.Thread(target=_refuse_calls, args=(other,), daemon=True).start()
     try:
         for address, text in (
             (f"127.0.0.1:{server.server_port}", "is no Ray cluster"),
             (f"127.0.0.1:{silent.getsockname()[1]}", "is no Ray cluster"),
+            (f"127.0.0.1:{other.getsockname()[1]}", "is no Ray cluster"),
             (f"127.0.0.1:{ray_nodes.free_port()}", "nothing answers"),
             ("localhost", "HOST:PORT"),
             ("http://localhost:6379", "HOST:PORT"),
@@ -378,6 +381,34 @@ def test_addresses_that_are_no_cluster(tmp_path: Path) -> None:
     finally:
         server.shutdown()
         silent.close()
+        other.close()
+
+
+def _refuse_calls(server: socket.socket) -> None:
+    """Answers as servers of gRPC do: settings, then a status in a header."""
+    settings = bytes(3) + b"\x04" + bytes(5)
+    headers = b"\x88@\x0ccontent-type\x10application/grpc@\x0bgrpc-status\x0212"
+    answer = len(headers).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + headers
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(settings + answer)
+
+
+def test_a_cluster_of_this_machine_is_joined_by_its_loopback_address(
+    cluster: str, shared: RayExecutor
+) -> None:
+    port = cluster.rpartition(":")[2]
+    executor = RayExecutor(workers=1, address=f"127.0.0.1:{port}")
+    executor.start(evaluators()[:1])
+    try:
+        executor.submit(chunk(0, 1))
+        assert len(collect(executor, 1)) == 1
+    finally:
+        executor.close()
+    with pytest.raises(ConfigError, match=f"connected to the cluster at {cluster} already"):
+        Cluster("127.0.0.1:1", workers=1, need=Need()).join()
 
 
 def test_beyond_this_machine_a_token_is_needed(
@@ -412,6 +443,8 @@ def test_beyond_this_machine_a_token_is_needed(
         ({"cpus": -1}, "-1 CPUs"),
         ({"resources": {"H200": 2.5}}, "2.5 H200"),
         ({"memory": -5}, "memory -5"),
+        ({"resources": {"CPU": 2}}, "custom resource 'CPU'"),
+        ({"resources": {"": 1}}, "custom resource ''"),
         ({"missing": "go"}, "missing 'go'"),
     ],
 )
@@ -445,6 +478,9 @@ def test_options_of_the_command_line(cluster: str) -> None:
     assert isinstance(built, RayExecutor)
     assert built.workers == 6
     assert built._setting.need == Need(1.0, 0.5, 24 * 10**9, {"disk": 1.0, "H200": 0.5})
+    for text in ("disk", "disk=much", "disk=1,disk=2", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="names with amounts, each once"):
+            _resources(text)
     with pytest.raises(ConfigError, match=r"option gpus 0\.5 with executor 'processes'"):
         executor_options(parser.parse_args(["--workers", "2", "--gpus-per-worker", "0.5"]))
 

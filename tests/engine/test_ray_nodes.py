@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def trace_of(executor: Executor, *callbacks: Callback) -> Any:
     evaluator = FunctionEvaluator(process_tools.slow, mixed_space())
     algorithm = AlgorithmSpec("evolution", {"quantum": 1})
-    stage = Stage("search", mixed_space(), evaluator, algorithm, Budget(400))
+    stage = Stage("search", mixed_space(), evaluator, algorithm, Budget(200))
     store = MemoryRun()
     run(SearchConfig((stage,), seed=3, lag=16), store=store, executor=executor, callbacks=callbacks)
     return store.records().trace()
@@ -69,7 +69,7 @@ def test_nodes_come_and_go_and_the_head_is_lost(
                 nodes.append(ray_nodes.Node("--num-cpus", "2", address=address).wait())
             elif len(nodes) == 2 and max(sizes) == 3 and first.process.poll() is None:
                 first.kill()
-            if len(sizes) > 350:  # so that the cluster has time to notice
+            if len(sizes) > 160:  # so that the cluster has time to notice
                 time.sleep(0.05)
 
         try:

@@ -285,3 +285,24 @@ def test_a_reference_cannot_be_changed_and_has_a_digest_of_its_values() -> None:
         reference.mean[0] = 1
     assert reference.digest == FrechetReference.from_features(data.copy()).digest
     assert reference.digest != FrechetReference.from_features(data + 1e-9).digest
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_many_features_take_a_cheaper_product(full: bool) -> None:
+    """From 256 on; without full rank the root is used as before."""
+    size = 260
+    generator = np.random.default_rng(0)
+    data = generator.normal(size=(2 * size if full else size // 2, size))
+    reference = FrechetReference.from_features(data)
+    assert (reference.factor is not None) is full
+    rows = generator.normal(size=(600, size)) * 1.2 + 0.1
+    statistics = reference.statistics()
+    statistics.add(rows)
+    root = reference.root
+    values = np.linalg.eigvalsh(root @ statistics.covariance() @ root).clip(min=0)
+    offset = float(((statistics.mean() - reference.mean) ** 2).sum())
+    trace = float(np.trace(statistics.covariance())) + reference.trace
+    expected = offset + trace - 2 * float(np.sqrt(values).sum())
+    found = frechet_distance(statistics, reference)
+    assert found == pytest.approx(expected, rel=1e-9 if full else 1e-6)
+    assert frechet_distances(rows[None], reference)[0] == found

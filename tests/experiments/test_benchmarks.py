@@ -95,6 +95,17 @@ def test_a_wish_is_recorded_but_fails_no_check(tmp_path: Path) -> None:
     ]
 
 
+def test_parts_that_are_run_one_by_one_make_one_file(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out.json")]
+    for more, cases in (([], {"a": 1, "b": 2}), (["--join"], {"a": 3, "c": 4})):
+        record = common.Journal("example", common.flags("", [*out, *more]))
+        for name, value in cases.items():
+            record.case(name, {"x": value})
+        assert record.close() == 0
+    lines = json.loads((tmp_path / "out.json").read_text())
+    assert {line["case"]: line["x"] for line in lines} == {"a": 3, "b": 2, "c": 4}
+
+
 @pytest.mark.parametrize("kind", ["at most", "at least"])
 def test_a_figure_that_is_not_a_number_keeps_no_aim(tmp_path: Path, kind: Any) -> None:
     record = journal(tmp_path, check=True)
@@ -127,4 +138,4 @@ def test_times_are_those_of_the_call() -> None:
 
 def test_flags_are_common_to_all() -> None:
     found = common.flags("", ["--quick", "--out", "x.json"])
-    assert found == argparse.Namespace(quick=True, check=False, out=Path("x.json"))
+    assert found == argparse.Namespace(quick=True, check=False, out=Path("x.json"), join=False)

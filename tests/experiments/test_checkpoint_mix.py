@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from searchlab.cli import main
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import ConfigError, DataError, SearchlabError
 from searchlab.experiments.checkpoint_mix import CheckpointMixOptions, build, parse_bytes
 from searchlab.experiments.checkpoint_mix_problems import DIGITS_CHECKPOINTS
 from searchlab.experiments.zoo.digits_networks import DigitsDenoiserNet
@@ -55,7 +56,8 @@ def test_a_users_own_checkpoints_by_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_user(tmp_path)
-    given = ["run", "lcsc", "--checkpoints", "out/step_*", "--evaluator", "user_score:distance"]
+    paths = [f"out/step_{step}.safetensors" for step in (1, 2, 3, 4, 5)]  # as by an open pattern
+    given = ["run", "lcsc", "--checkpoints", *paths, "--evaluator", "user_score:distance"]
     assert main([*given, "--budget", "150", "--name", "one", "--quiet"]) == 0
     assert "5 checkpoints, oldest first; bank memory" in capsys.readouterr().err
     out = tmp_path / "runs" / "one" / "export"
@@ -76,7 +78,15 @@ def test_a_users_own_checkpoints_by_command_line(
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"preset": "paper"}, {"subspace": 3}, {"group_depth": 1}, {"evaluator": "loss"}]
+    "more",
+    [
+        {},
+        {"preset": "paper"},
+        {"subspace": 3},
+        {"group_depth": 1},
+        {"evaluator": "loss"},
+        {"guided": True, "budget": 24},
+    ],
 )
 def test_bundled_checkpoints_in_every_way(more: dict[str, Any]) -> None:
     config = build(CheckpointMixOptions(**{**TINY, **more}))
@@ -111,7 +121,7 @@ def test_exported_weights_load_strictly_and_score_the_same(tmp_path: Path) -> No
     ("values", "text"),
     [
         ({"evaluator": "what"}, "module:function"),
-        ({"evaluator": "samples", "checkpoints": ("x",)}, "bundled"),
+        ({"evaluator": "samples", "checkpoints": (str(DIGITS_CHECKPOINTS),)}, "bundled"),
         ({"evaluator": "command"}, "go together"),
         ({"evaluator": "command", "command": "x {model} {out}"}, "no objective"),
         ({"model": "a:b"}, "model is for"),
@@ -145,3 +155,78 @@ def test_a_checkpoint_that_is_not_finite_is_named(tmp_path: Path) -> None:
     options = CheckpointMixOptions(checkpoints=(str(tmp_path / "out"),), evaluator="math:fsum")
     with pytest.raises(DataError, match=r"step_2.*'w'.*leave this checkpoint out"):
         build(options)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((), "no checkpoint at 'nothing/\\*'"),
+        (("--evaluator", "user_score:distance"), "no checkpoint at 'nothing/\\*'"),
+        (("--evaluator", "command", "--command", "x", "--objective", "a:min"), "no checkpoint"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named_first(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "lcsc", "--checkpoints", "nothing/*", *given]) == 2
+    assert re.search(text, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def wrong() -> None:
+    raise RuntimeError("no weights here")
+
+
+def small() -> torch.nn.Module:
+    return torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"evaluator": "no_such_module:f"}, "evaluator 'no_such_module:f'.*cannot import"),
+        ({"evaluator": "math:no_such"}, "no function 'no_such'"),
+        ({"evaluator": "math:fsum", "model": "math:nothing"}, "model 'math:nothing'"),
+        ({"evaluator": "math:fsum", "model": f"{__name__}:wrong"}, "cannot be made.*no weights"),
+        ({"evaluator": "math:fsum", "model": f"{__name__}:small"}, "not of the model"),
+        ({"evaluator": "command", "command": "true {out}"}, r"does not use \{model\}"),
+        ({"evaluator": "command", "command": "true {model} {out} {x}"}, r"placeholder \{x\}"),
+        ({"evaluator": "command", "command": "/no/such {model} {out}"}, "'/no/such' is not found"),
+        ({"evaluator": "math:fsum", "part": "unet"}, "part 'unet' is in none"),
+        ({"evaluator": "math:fsum", "subspace": 5}, "subspace 5; allowed: 0 to 4"),
+        ({"evaluator": "math:fsum", "steer": "x"}, "steer 'x'; allowed: value"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_bank_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], text: str
+) -> None:
+    from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
+
+    def read(self: object) -> None:
+        raise AssertionError("the bank was read")
+
+    monkeypatch.setattr(CheckpointBank, "_load", read)
+    monkeypatch.chdir(tmp_path)
+    write_user(tmp_path)
+    given = {"checkpoints": ("out",), **values}
+    if "command" in values:
+        given["objective"] = ("loss:min",)
+    with pytest.raises(SearchlabError, match=text):
+        build(CheckpointMixOptions(**given))
+
+
+def test_two_checkpoints_are_one_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_user(tmp_path, k=2)
+    options = CheckpointMixOptions(
+        checkpoints=("out",), evaluator="user_score:distance", budget=30, report_banks=2
+    )
+    winner = run(build(options)).groups[-1].winner
+    assert winner is not None
+    assert winner.search < 0.5  # at 3.5 times the newest, which alone is at 2.5

@@ -1,0 +1,1 @@
+"""Tasks of language: what a causal language model is worth in them."""
