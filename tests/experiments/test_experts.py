@@ -86,14 +86,22 @@ def test_a_run_leaves_a_checkpoint_that_scores_as_in_the_search(tmp_path: Path) 
     result = json.loads((out / "result.json").read_text("utf-8"))
     assert result["counts"]["evaluations"] == 16
     names = {row["name"] for row in result["rows"] if row["kind"] == "baseline"}
-    assert names == {"frequency", "soft", "ean", "reap", "naee"}
+    # Rankings that keep the same experts are one candidate, under the name of the first.
+    assert "frequency" in names <= {"frequency", "soft", "ean", "reap", "naee"}
     model, said = AutoModelForCausalLM.from_pretrained(out / "export", output_loading_info=True)
     assert not said["missing_keys"]
     assert model.config.num_local_experts == 2
     genotype = json.loads((out / "export" / "genotype.json").read_text("utf-8"))
     assert all(len(row) == 2 for row in genotype["kept"].values())
     page = (out / "report.html").read_text("utf-8")
-    for text in ("random, mean of 3", "full", "tokens/s", "vllm serve", "Judged by the command"):
+    for text in (
+        "random, mean of 3",
+        "full",
+        "tokens/s",
+        "vllm serve",
+        "Judged by the command",
+        "naee",
+    ):
         assert text in page
 
     # The exported checkpoint, as one of somebody else's, gets the winner's values.
