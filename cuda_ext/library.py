@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from searchlab.cuda_ext.build import BuildError, build, compiler, library_path
-
 if TYPE_CHECKING:
     import torch
 
@@ -89,6 +87,9 @@ def load() -> Kernels | None:
 
     ``SEARCHLAB_CUDA=0`` switches them off.
     """
+    # Not at the top: `python -m searchlab.cuda_ext.build` would find itself imported already.
+    from searchlab.cuda_ext.build import BuildError, build
+
     if os.environ.get("SEARCHLAB_CUDA") == "0":
         return None
     try:
@@ -119,6 +120,8 @@ def stream_of(tensor: torch.Tensor) -> int:
 
 def report_line() -> str:
     """What `doctor` says of the kernels; builds nothing."""
+    from searchlab.cuda_ext.build import compiler, library_path
+
     if os.environ.get("SEARCHLAB_CUDA") == "0":
         return "fused kernels: switched off by SEARCHLAB_CUDA=0"
     nvcc, path = compiler(), library_path()

@@ -225,7 +225,7 @@ class FrechetReference:
         object.__setattr__(self, "trace", float(np.trace(spread)))
         factor: Array | None = None
         if centre.size >= _LARGE and values[0] > _FULL_RANK * values[-1]:
-            factor = np.linalg.cholesky((spread + spread.T) / 2)
+            factor = np.asfortranarray(np.linalg.cholesky((spread + spread.T) / 2))
             factor.setflags(write=False)
         object.__setattr__(self, "factor", factor)
 
@@ -337,8 +337,10 @@ def _parts(
     if reference.factor is not None:
         from scipy.linalg.lapack import dsygst
 
-        half, _ = dsygst(covariance, reference.factor, itype=2, lower=1)
-        return offset, float(np.trace(covariance)), half  # the lower half is all that is read
+        trace = float(np.trace(covariance))
+        # Columns first, as LAPACK has it: symmetric matrices need no copy for that.
+        half, _ = dsygst(covariance.T, reference.factor, itype=2, lower=1, overwrite_a=1)
+        return offset, trace, half  # the lower half is all that is read
     product = reference.root @ covariance @ reference.root
     return offset, float(np.trace(covariance)), (product + product.T) / 2
 
@@ -348,7 +350,9 @@ def _eigenvalues(product: Array) -> Array:
     if len(product) >= _LARGE:
         from scipy.linalg import eigh
 
-        large: Array = eigh(product, eigvals_only=True, lower=True, check_finite=False)
+        large: Array = eigh(
+            product, eigvals_only=True, lower=True, check_finite=False, overwrite_a=True
+        )
         return large
     small: Array = np.linalg.eigvalsh(product).astype(np.float64, copy=False)
     return small

@@ -70,7 +70,8 @@ class FlashEval(TableEvaluator):
 
     The standard error is that of a mean over prompts like these: sd / sqrt(n).
 
-    Signals: `cost`, and with `pilot` the means of the other metrics on that many prompts.
+    Signals: `cost`, with `pilot` the means of the other metrics on that many prompts, and with
+    `elsewhere` the metric's mean on the other dataset, missing for the settings that lack there.
 
     Attributes:
         prompts: of each fidelity.
@@ -85,6 +86,7 @@ class FlashEval(TableEvaluator):
         trade: also minimise `cost`: model calls of an image, two for what surrounds them, times
             1, 0.6 or 0.5 for weights of 32, 8 or 6 bits (assumed, not measured).
         pilot: prompts that all settings are scored on beforehand; 0 = none.
+        elsewhere: the other dataset was scored before.
         seed: of the order of prompts.
 
     Source: arXiv 2403.16379, data of its release. The shared tables are a sample of its prompts.
@@ -104,6 +106,7 @@ class FlashEval(TableEvaluator):
         prompts: Sequence[int] = PROMPTS,
         trade: bool = False,
         pilot: int = 0,
+        elsewhere: bool = False,
         seed: int = 0,
     ) -> None:
         if dataset not in DATASETS:
@@ -132,6 +135,10 @@ class FlashEval(TableEvaluator):
             for at, name in enumerate(METRICS)
             if name != metric and pilot
         }
+        self._beside = place / f"{_other(dataset)}.npz" if elsewhere else None
+        if self._beside is not None:
+            flasheval_folder(place, dataset=_other(dataset))
+            self._others[f"{metric} on {_other(dataset)}"] = self._elsewhere(self._beside)
         names = [_of(metric, number) for number in counts]
         cost = ("cost",) if trade else ()
         super().__init__(
@@ -153,7 +160,8 @@ class FlashEval(TableEvaluator):
     def _digests(self) -> tuple[str, str]:
         """See `TableEvaluator`; which settings there are does not depend on dataset and metric."""
         digest = blake2b(digest_size=16)
-        for path in (self.path, self._scores_file):
+        beside = () if self._beside is None else (self._beside,)
+        for path in (self.path, self._scores_file, *beside):
             digest.update(bytes.fromhex(file_digest(path)))
         rows = self._configs()[list(VARIABLES)].astype(str).agg(" ".join, axis=1)
         settings = blake2b("\n".join(sorted(rows)).encode(), digest_size=16)
@@ -187,6 +195,8 @@ class FlashEval(TableEvaluator):
     def identity(self) -> Mapping[str, Any]:
         """See `Evaluator.identity`."""
         own = {"dataset": self.dataset, "metric": self.metric, "pilot": self.pilot}
+        if self._beside is not None:
+            own["elsewhere"] = _other(self.dataset)
         return {**super().identity(), **own, "prompts": list(self.prompts), "seed": self.seed}
 
     # -- scores -------------------------------------------------------------------------------
@@ -213,10 +223,21 @@ class FlashEval(TableEvaluator):
             self._means[number, replicate] = known
         return known
 
+    def _elsewhere(self, path: Path) -> NDArray[np.float64]:
+        """The metric's means in another file for these settings; NaN where it lacks one."""
+        every, ids, _ = _read_scores(path)
+        means = every[METRICS.index(self.metric)].astype(np.float64).mean(axis=1)
+        known = dict(zip(ids.tolist(), means.tolist(), strict=True))
+        return np.array([known.get(config, math.nan) for config in self.config_ids.tolist()])
+
     def truth(self) -> NDArray[np.float64]:
         """Means over all prompts, float64 (settings,), in the order of the table's rows."""
         mean: NDArray[np.float64] = self._block_means(len(self.prompt_ids), 0)[0].copy()
         return mean
+
+
+def _other(dataset: str) -> str:
+    return DATASETS[1 - DATASETS.index(dataset)]
 
 
 def _of(metric: str, number: int) -> str:

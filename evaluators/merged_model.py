@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from searchlab.errors import ConfigError, DataError, EvaluationError, SearchlabError
 from searchlab.evaluator import Fidelity, Objective, Reproducibility, Signal
-from searchlab.evaluators.noise import split_seed
-from searchlab.evaluators.sampling import split_of
+from searchlab.external import seed_of
 from searchlab.population import FAILED, OK, Evaluations, Jobs
 from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
 from searchlab.spaces.checkpoint_mix.layout import Segment
@@ -24,7 +23,7 @@ from searchlab.spaces.checkpoint_mix.merge import states
 
 __all__ = ["FunctionScore", "MergedModelEvaluator", "MixSource", "Score", "State"]
 
-VERSION = 1
+VERSION = 2
 
 State = Mapping[str, Tensor]
 
@@ -153,8 +152,9 @@ class FunctionScore:
     """Any function of a state dict, or of a model that holds it.
 
     The function is called as f(state) or, where it needs a second argument, f(state, seed): the
-    seed is another one for every replicate of the search, selection and report splits, and the same
-    for all candidates. With `model` it gets the module instead, with the weights loaded strictly.
+    seed (0 to 2**31 - 1) is another one for every replicate of the search, selection and report
+    splits, and the same for all candidates. With `model` it gets the module instead, with the
+    weights loaded strictly.
 
     Args:
         function: returns one number, or one per objective.
@@ -206,9 +206,7 @@ class FunctionScore:
     ) -> tuple[Sequence[float], None]:
         subject: Any = dict(state) if self.model is None else self._loaded(state)
         if self._seeded:
-            split, number = split_of(replicate)
-            # Below 2**63, which is where the seeds of most libraries end.
-            answer = self.function(subject, split_seed(self.seed, split, number) % (2**63 - 1))
+            answer = self.function(subject, seed_of(self.seed, replicate))
         else:
             answer = self.function(subject)
         return self._numbers(answer), None

@@ -145,6 +145,9 @@ class CheckpointMixOptions:
             raise ConfigError("model is for an evaluator that is a module:function")
         if self.objective and bundled:
             raise ConfigError(f"objective is not for evaluator {self.evaluator!r}")
+        known = [objective.name for objective in self.objectives()]
+        if self.steer is not None and not bundled and self.steer not in known:
+            raise ConfigError(f"steer {self.steer!r}; allowed: {', '.join(known)}")
         if self.evaluator == "command" and not self.objective:
             raise ConfigError("no objective; allowed: --objective NAME:min or NAME:max")
         self.objectives()
@@ -200,6 +203,8 @@ def build(options: CheckpointMixOptions) -> SearchConfig:
         torch.set_num_threads(1)
     # What is cheap to find wrong comes before the bank, which reads every byte of the checkpoints.
     sources = _sources(options)
+    if options.subspace >= len(sources):
+        raise ConfigError(f"subspace {options.subspace}; allowed: 0 to {len(sources) - 1}")
     score = _score(options, sources)
     bank = _bank(options, sources)
     groups = _groups(options, bank)
@@ -394,6 +399,8 @@ def algorithm_of(options: CheckpointMixOptions, space: CheckpointMixSpace) -> Al
     name = options.algorithm or ("evolution" if options.preset == "paper" else "cma")
     if options.predicts:
         name = "kriging"
+    if options.algorithm is None and space.group_count * (len(space.checkpoints) - 1) == 1:
+        return AlgorithmSpec("es11")  # two checkpoints: a single number
     settings: dict[str, Any] = {}
     if name in ("cma", "kriging"):
         settings = {"sigma": 0.05 / space.unit}

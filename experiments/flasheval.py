@@ -42,6 +42,7 @@ class FlashEvalOptions:
     )
     trade: bool = _option(False, "trade quality off against model calls")
     pilot: int = _option(0, "prompts on which other metrics give signals")
+    elsewhere: bool = _option(False, "the metric's mean on the other dataset is a signal")
     budget: int | None = _option(None, "evaluations to pay for")
     algorithm: str = _option("auto", "a registered name, or auto: by space, budget and objectives")
     seed: int = _option(0, "the one seed of the search, and of the order of prompts")
@@ -76,6 +77,7 @@ def build(options: FlashEvalOptions) -> SearchConfig:
         prompts=options.counts() or PROMPTS,
         trade=options.trade,
         pilot=options.pilot,
+        elsewhere=options.elsewhere,
         seed=options.seed,
     )
     seeds, limit = None, options.budget

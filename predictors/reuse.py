@@ -27,23 +27,19 @@ from searchlab.predictors.artifact import (
 from searchlab.predictors.base import part_of
 from searchlab.predictors.preprocess import Labels, usable_losses
 from searchlab.predictors.stack import Stack
+from searchlab.predictors.transfer import PREDICTED, SLOPE, Refined, state_of
 from searchlab.space import Space
 
 __all__ = ["PREDICTED", "Earlier", "Warm", "with_prediction"]
 
 Floats = NDArray[np.float64]
+_EARLIER = "earlier:predicted"  # no name of an evaluator's signal
 State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
-PREDICTED = "predicted"
-BELIEF, WORTH = (
-    0.7,
-    10.0,
-)  # slope of new scores on old ones before any label, and its worth in labels
-RESERVE = 10.0  # labels' worth of doubt in what is learnt beyond the old scores
-FEWEST = 4  # labels below which nothing is learnt beyond them
 
-
-def with_prediction(table: Table, predictor: Predictor, *, name: str = PREDICTED) -> Table:
+def with_prediction(
+    table: Table, predictor: Predictor | Earlier, *, name: str = PREDICTED
+) -> Table:
     """The table with one more signal: the scores that a fitted predictor gives its candidates.
 
     Args:
@@ -138,7 +134,7 @@ class Earlier:
 
     def state(self, *, with_data: bool) -> State:
         """Everything, as JSON and arrays."""
-        config, arrays = _state_of(self.predictor, with_data=with_data)
+        config, arrays = state_of(self.predictor, with_data=with_data)
         if self.adapted and self.signals and self._seen is None and self._background is not None:
             self._seen = self._background()
         seen = self._seen
@@ -179,13 +175,9 @@ class Earlier:
 class Warm:
     """A new predictor that begins at what an earlier one says.
 
-    Targets are normal scores of the losses. A line through the earlier predictor's scores is the
-    prior mean, and a new predictor learns what is left. How far that is believed is found from
-    labels left out, with doubt that is worth `RESERVE` labels: few labels cannot overrule the
-    earlier predictor's order, unless it is wrong. The slope of the line is never negative, and
-    labels without any relation to the earlier scores bring it to zero.
-
-    Before the first fit it says what the earlier predictor says, in that one's unit.
+    The earlier predictor's scores become a signal, and `Refined` learns how far they hold: few
+    labels cannot overrule the earlier order, unless it is wrong. Before the first fit it says what
+    the earlier predictor says, in that one's unit.
 
     Args:
         earlier: None = there is none, and this is the new predictor on normal scores.
@@ -203,13 +195,11 @@ class Warm:
         frozen: bool = False,
     ) -> None:
         self.earlier, self._make, self.frozen = earlier, make, frozen
-        self.new: Predictor | None = None
-        self.slope, self.share = 0.0, 1.0
-        self._offset, self._centre, self._unit = 0.0, 0.0, 1.0
-        self._spread = 1.0
+        self.refined: Refined | None = None
         self._labels: Labels | None = None
-        self._space: Space | None = None
         self._unseen: Floats | None = None
+        self._offset, self._centre, self._unit, self._spread = 0.0, 0.0, 1.0, 1.0
+        self._space: Space | None = None
         self.n_labels = 0
 
     @classmethod
@@ -235,58 +225,35 @@ class Warm:
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.fit`."""
-        labels = Labels(usable_losses(losses, len(table)), "ranks")
-        y = labels.targets
-        old = self._old(table, pool)
-        self.slope = self._slope(old, y)
-        self._offset = float((y - self.slope * old).mean())
-        rest = y - self._offset - self.slope * old
-        self.new, self.share, self._unseen = None, 0.0, None
-        self._spread = float(np.sqrt((rest @ rest + 2.0) / (len(rest) + 2.0)))
-        first = self.earlier is None
-        if not self.frozen and (first or len(y) >= FEWEST):
-            self.new = self._make()
-            self.new.fit(table, rest, seed=seed, pool=pool)
-            held = getattr(self.new, "held_out", lambda: None)()
-            self.share = 1.0 if first else self._believed(held, rest)
-            if held is not None:
-                self._unseen = labels.values(self._offset + self.slope * old + self.share * held)
-        elif not first:
-            self._unseen = labels.values(self._offset + self.slope * old)
-        self._labels, self._space, self.n_labels = labels, table.space, len(table)
+        if self.frozen and self.earlier is not None:
+            self._scale(self.earlier, table, losses, pool)
+        else:
+            refined = Refined(prior=_EARLIER, make=self._make)
+            wide = None if pool is None else self._wide(pool)
+            refined.fit(self._wide(table), losses, seed=seed, pool=wide)
+            self.refined = refined
+        self._space, self.n_labels = table.space, len(table)
 
     def update(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.update`: from scratch, so that nothing depends on earlier fits."""
         self.fit(table, losses, seed=seed, pool=pool)
 
-    def _old(self, table: Table, pool: Table | None) -> Floats:
-        """Standardised scores of the earlier predictor, (n,); zeros without one."""
+    def _wide(self, table: Table) -> Table:
         if self.earlier is None:
-            return np.zeros(len(table))
-        scores = self.earlier.rank(table)
-        every = scores if pool is None else np.concatenate([scores, self.earlier.rank(pool)])
+            return table
+        return with_prediction(table, self.earlier, name=_EARLIER)
+
+    def _scale(self, earlier: Earlier, table: Table, losses: Floats, pool: Table | None) -> None:
+        """The line that gives the earlier scores the unit of these losses."""
+        labels = Labels(usable_losses(losses, len(table)), "ranks")
+        scores = earlier.rank(table)
+        every = scores if pool is None else np.concatenate([scores, earlier.rank(pool)])
         self._centre, self._unit = float(every.mean()), float(every.std()) or 1.0
-        return (scores - self._centre) / self._unit
-
-    def _slope(self, old: Floats, y: Floats) -> float:
-        if self.earlier is None:
-            return 0.0
-        if self.frozen:
-            return BELIEF
-        centred = old - old.mean()
-        found = (WORTH * BELIEF + centred @ y) / (WORTH + centred @ centred)
-        return float(max(found, 0.0))
-
-    @staticmethod
-    def _believed(held: Floats | None, rest: Floats) -> float:
-        """Share of what is learnt beyond the old scores that is believed, 0 to 1."""
-        if held is None:
-            return float(len(rest) / (len(rest) + 10 * RESERVE))
-        size = float(held @ held)
-        if not size > 0:
-            return 0.0
-        found = float(held @ rest) / (size * (1 + RESERVE / len(rest)) ** 2)
-        return float(np.clip(found, 0.0, 1.0))
+        old = SLOPE * (scores - self._centre) / self._unit
+        self._offset = float((labels.targets - old).mean())
+        rest = labels.targets - self._offset - old
+        self._spread = float(np.sqrt((rest @ rest + 2.0) / (len(rest) + 2.0)))
+        self._labels, self._unseen = labels, labels.values(self._offset + old)
 
     def storable(self, make: Callable[[], Predictor]) -> Warm:
         """An unfitted one that begins at the same predictor and learns by another kind."""
@@ -294,58 +261,55 @@ class Warm:
 
     def held_out(self) -> Floats | None:
         """See `HoldsOut.held_out`; the earlier predictor has seen none of the labels."""
-        return self._unseen
+        return self._unseen if self.refined is None else self.refined.held_out()
 
     # -- predicting ---------------------------------------------------------------------------
 
-    def _scores(self, table: Table) -> tuple[Floats, Floats]:
-        old = np.zeros(len(table))
-        if self.earlier is not None:
-            old = (self.earlier.rank(table) - self._centre) / self._unit
-        mean, sd = self._offset + self.slope * old, np.full(len(table), self._spread)
-        if self.new is not None:
-            more, sd = self.new.predict(table)
-            mean = mean + self.share * more
-        return mean, sd
-
     def predict(self, table: Table) -> tuple[Floats, Floats]:
         """See `Predictor.predict`."""
-        self._check(table)
+        earlier = self._begins(table)
+        if earlier is None:
+            return self._refined.predict(self._wide(table))
         if self._labels is None:
-            assert self.earlier is not None
-            return self.earlier.predict(table)
-        return self._labels.restore(*self._scores(table))
+            return earlier.predict(table)
+        return self._labels.restore(self._line(earlier, table), np.full(len(table), self._spread))
 
     def rank(self, table: Table) -> Floats:
         """See `Predictor.rank`."""
-        self._check(table)
-        if self._labels is None:
-            assert self.earlier is not None
-            return self.earlier.rank(table)
-        return self._scores(table)[0]
+        earlier = self._begins(table)
+        return self._refined.rank(self._wide(table)) if earlier is None else earlier.rank(table)
 
     def draw(self, table: Table, u: Floats) -> Floats:
-        """See `Predictor.draw`: the mean, moved as draws of what is learnt anew are."""
-        self._check(table)
+        """See `Predictor.draw`; as the earlier predictor's draws move where there is no other."""
+        earlier = self._begins(table)
+        if earlier is None:
+            return self._refined.draw(self._wide(table), u)
         if self._labels is None:
-            assert self.earlier is not None
-            return self.earlier.draw(table, u)
-        mean, sd = self._scores(table)
-        if self.new is None:
-            assert self.earlier is not None
-            moved = self.earlier.draw(table, u) - self.earlier.predict(table)[0]
-            size = float(np.abs(moved).mean()) or 1.0
-            return self._labels.values(mean + moved * (float(sd.mean()) / 2 / size))
-        return self._labels.values(mean + self.new.draw(table, u) - self.new.predict(table)[0])
+            return earlier.draw(table, u)
+        moved = earlier.draw(table, u) - earlier.predict(table)[0]
+        size = float(np.abs(moved).mean()) or 1.0
+        return self._labels.values(self._line(earlier, table) + moved * (self._spread / 2 / size))
 
-    def _check(self, table: Table) -> None:
-        if self._labels is None and self.earlier is None:
-            raise ConfigError("predictor 'warm' has learnt nothing; allowed: after fit")
+    def _line(self, earlier: Earlier, table: Table) -> Floats:
+        return self._offset + SLOPE * (earlier.rank(table) - self._centre) / self._unit
+
+    @property
+    def _refined(self) -> Refined:
+        assert self.refined is not None
+        return self.refined
+
+    def _begins(self, table: Table) -> Earlier | None:
+        """The earlier predictor where it has the say; None = what was learnt has it."""
         if self._space is not None and table.space.fingerprint != self._space.fingerprint:
             raise ConfigError(
                 f"a table of space {table.space.fingerprint[:8]}; allowed: "
                 f"{self._space.fingerprint[:8]}, the one that was learnt from"
             )
+        if self.refined is not None:
+            return None
+        if self.earlier is None:
+            raise ConfigError("predictor 'warm' has learnt nothing; allowed: after fit")
+        return self.earlier
 
     # -- files --------------------------------------------------------------------------------
 
@@ -355,24 +319,20 @@ class Warm:
         Raises:
             ConfigError: nothing was learnt, or a part cannot be told apart from its data.
         """
-        if self._labels is None:
+        if self._labels is None and self.refined is None:
             raise ConfigError("predictor 'warm' has learnt nothing; allowed: after fit")
-        config, arrays = self._labels.state()
-        out: dict[str, Any] = {
-            "n_labels": self.n_labels,
-            "labels": config,
-            "line": [self.slope, self._offset, self._centre, self._unit, self._spread],
-            "share": self.share,
-            "frozen": self.frozen,
-        }
-        named = {f"labels/{name}": array for name, array in arrays.items()}
+        out: dict[str, Any] = {"n_labels": self.n_labels, "frozen": self.frozen}
+        named: dict[str, NDArray[Any]] = {}
+        if self.refined is not None:
+            out["refined"], arrays = self.refined.state(with_data=with_data)
+            named |= {f"refined/{name}": array for name, array in arrays.items()}
+        if self._labels is not None:
+            out["line"] = [self._offset, self._centre, self._unit, self._spread]
+            out["labels"], arrays = self._labels.state()
+            named |= {f"labels/{name}": array for name, array in arrays.items()}
         if self.earlier is not None:
             out["earlier"], arrays = self.earlier.state(with_data=with_data)
             named |= {f"earlier/{name}": array for name, array in arrays.items()}
-        if self.new is not None:
-            out["predictor"] = self.new.name
-            out["new"], arrays = _state_of(self.new, with_data=with_data)
-            named |= {f"new/{name}": array for name, array in arrays.items()}
         return out, named
 
     @classmethod
@@ -383,14 +343,13 @@ class Warm:
         self = cls(frozen=bool(config["frozen"]))
         if "earlier" in config:
             self.earlier = Earlier.of_state(config["earlier"], part_of(arrays, "earlier"))
-        if "new" in config:
-            kind = resolve(PREDICTORS, str(config["predictor"]), "predictor")
-            self.new = kind.of_state(space, config["new"], part_of(arrays, "new"))
-        self._labels = Labels.of_state(config["labels"], part_of(arrays, "labels"))
-        line = (float(value) for value in config["line"])
-        self.slope, self._offset, self._centre, self._unit, self._spread = line
-        self.share, self.n_labels = float(config["share"]), int(config["n_labels"])
-        self._space = space
+        if "refined" in config:
+            self.refined = Refined.of_state(space, config["refined"], part_of(arrays, "refined"))
+        if "labels" in config:
+            self._labels = Labels.of_state(config["labels"], part_of(arrays, "labels"))
+            line = (float(value) for value in config["line"])
+            self._offset, self._centre, self._unit, self._spread = line
+        self.n_labels, self._space = int(config["n_labels"]), space
         return self
 
     def save(self, path: Path, *, with_data: bool = False) -> None:
@@ -401,12 +360,3 @@ class Warm:
     def load(cls, path: Path, space: Space) -> Self:
         """See `Predictor.load`."""
         return load_state(cls, path, space)
-
-
-def _state_of(predictor: Predictor, *, with_data: bool) -> State:
-    if not (hasattr(predictor, "state") and hasattr(predictor, "of_state")):
-        raise ConfigError(
-            f"predictor {predictor.name!r} inside another; allowed: one with state and of_state"
-        )
-    out: State = predictor.state(with_data=with_data)
-    return out

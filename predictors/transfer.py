@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 
 from searchlab.config import PREDICTORS, resolve
 from searchlab.errors import ConfigError
-from searchlab.predictor import Table
+from searchlab.predictor import Predictor, Table
 from searchlab.predictors.artifact import load_state, save_state
-from searchlab.predictors.base import LEAST, BasePredictor, State, part_of
+from searchlab.predictors.base import LEAST, State, part_of
 from searchlab.predictors.preprocess import Labels, Ruler, usable_losses
-from searchlab.predictors.reuse import PREDICTED
+from searchlab.space import Space
 from searchlab.uniforms import derived
 
-__all__ = ["Refined"]
+__all__ = ["PREDICTED", "Refined", "state_of"]
 
 Floats = NDArray[np.float64]
 
+PREDICTED = "predicted"  # name of the signal that holds the old scores
 SLOPE, SLOPE_SD, NOISE = 0.9, 0.2, 0.3  # of normal scores of new losses in those of old scores
 FEW = 5  # labels that say nothing about which answer is better
 _WORTH = 60.0  # labels' worth of belief that the old order needs no correction
@@ -44,32 +45,35 @@ class Refined:
     The odds between them are a priori `_ODDS`, and follow what either says of labels held out; an
     old predictor that does not fit is left aside within a few labels.
 
+    Where the predictor behind both cannot tell what it says of labels held out, there is no
+    correction, and the odds stay those a priori.
+
     Args:
         prior: name of the signal.
-        new: name of the predictor of the correction and of the fit from scratch; it has to tell
-            what it says of labels held out.
-
-    Raises:
-        ConfigError: a predictor that cannot tell.
+        new: name of the predictor of the correction and of the fit from scratch.
+        make: makes those; None = as `new` says.
     """
 
     name: ClassVar[str] = "refined"
 
-    def __init__(self, *, prior: str = PREDICTED, new: str = "stack") -> None:
-        kind = resolve(PREDICTORS, new, "predictor")
-        if not getattr(kind, "folds_cheaply", False):
-            able = "gp, ridge, rf, gbdt, stack, mfes"
-            raise ConfigError(f"new predictor {new!r}; allowed, as they hold labels out: {able}")
-        self.prior, self.new = prior, new
-        self._kind: type[BasePredictor] = kind
-        self.fresh: BasePredictor = kind()
-        self.left: BasePredictor | None = None
+    def __init__(
+        self,
+        *,
+        prior: str = PREDICTED,
+        new: str = "stack",
+        make: Callable[[], Predictor] | None = None,
+    ) -> None:
+        self.prior = prior
+        self._make: Callable[[], Any] = make or resolve(PREDICTORS, new, "predictor")
+        self.fresh: Any = self._make()
+        self.left: Any = None
         self._labels: Labels | None = None
         self._ruler: Ruler | None = None
         self._unseen: Floats | None = None
         # Old scores become slope * (score - middle) / width; then share times the correction.
         self._middle, self._width, self._slope, self.share = 0.0, 1.0, 0.0, 0.0
         self._error, self.belief = 1.0, 0.0
+        self._space: Space | None = None
         self.n_labels = 0
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
@@ -78,11 +82,11 @@ class Refined:
         targets = labels.targets
         bare = self._bare(table)
         shown = None if pool is None else self._bare(pool)
-        self.fresh = self._kind()
+        self.fresh = self._make()
         self.fresh.fit(bare, targets, seed=seed, pool=shown)
-        self.left, self._ruler, self._unseen = None, None, self.fresh.held_out()
+        self.left, self._ruler, self._unseen = None, None, _unseen_by(self.fresh)
         self.belief, self.n_labels = 0.0, len(table)
-        self._labels = labels
+        self._labels, self._space = labels, table.space
         column = self._column(table)
         if np.isnan(column).all() or not np.ptp(targets):
             return
@@ -105,9 +109,9 @@ class Refined:
         self._slope = float((right.sum() + SLOPE * before) / (gram.sum() + before))
         others = (right.sum() - right + SLOPE * before) / (gram.sum() - gram + before)
         residual = targets - self._slope * scaled
-        self.left = self._kind()
+        self.left = self._make()
         self.left.fit(bare, residual, seed=seed, pool=pool)
-        said = self.left.held_out()
+        said = _unseen_by(self.left)
         self.share, warm = 0.0, others * scaled
         if said is not None:
             found = float(said @ residual) / float(said @ said + 1e-9)
@@ -119,8 +123,9 @@ class Refined:
             # A few labels are foreseen by chance.
             odds += max(0, n - FEW) / 2 * (_doubt(self._unseen, targets) - _doubt(warm, targets))
         self.belief = float(1 / (1 + np.exp(-np.clip(odds, -30, 30))))
-        if self._unseen is not None:
-            self._unseen = self.belief * warm + (1 - self.belief) * self._unseen
+        if n >= LEAST:
+            fresh = warm if self._unseen is None else self._unseen
+            self._unseen = self.belief * warm + (1 - self.belief) * fresh
 
     def update(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.update`: from scratch, so that nothing depends on earlier fits."""
@@ -204,7 +209,7 @@ class Refined:
         labels = self._ready()
         config: dict[str, Any] = {
             "prior": self.prior,
-            "new": self.new,
+            "new": self.fresh.name,
             "n_labels": self.n_labels,
             "numbers": [self._middle, self._width, self._slope, self.share, self._error],
             "belief": self.belief,
@@ -217,18 +222,17 @@ class Refined:
             arrays |= {f"ruler/{name}": array for name, array in ruler.items()}
         for part, fitted in (("fresh", self.fresh), ("left", self.left)):
             if fitted is not None:
-                config[part], named = fitted.state(with_data=with_data)
+                config[part], named = state_of(fitted, with_data=with_data)
                 arrays |= {f"{part}/{name}": array for name, array in named.items()}
         return config, arrays
 
     def save(self, path: Path, *, with_data: bool = False) -> None:
         """See `Predictor.save`."""
-        inputs = self.fresh._inputs
-        save_state(self, None if inputs is None else inputs.space, path, with_data=with_data)
+        save_state(self, self._space, path, with_data=with_data)
 
     @classmethod
     def of_state(
-        cls, space: Any, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+        cls, space: Space, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> Self:
         """The inverse of `state`."""
         self = cls(prior=str(config["prior"]), new=str(config["new"]))
@@ -236,18 +240,39 @@ class Refined:
         self._middle, self._width, self._slope, self.share, self._error = numbers
         self.belief, self.n_labels = float(config["belief"]), int(config["n_labels"])
         self._labels = Labels.of_state(config["labels"], part_of(arrays, "labels"))
-        self.fresh = self._kind.of_state(space, config["fresh"], part_of(arrays, "fresh"))
+        self._space = space
+        self.fresh = self.fresh.of_state(space, config["fresh"], part_of(arrays, "fresh"))
         if "left" in config:
-            self.left = self._kind.of_state(space, config["left"], part_of(arrays, "left"))
+            self.left = self.fresh.of_state(space, config["left"], part_of(arrays, "left"))
             ruler = part_of(arrays, "ruler")
             low, high = ruler["ends"].tolist()
             self._ruler = Ruler(ruler["values"], ruler["scores"], low, high)
         return self
 
     @classmethod
-    def load(cls, path: Path, space: Any) -> Self:
+    def load(cls, path: Path, space: Space) -> Self:
         """See `Predictor.load`."""
         return load_state(cls, path, space)
+
+
+def state_of(predictor: Predictor, *, with_data: bool) -> State:
+    """What a predictor inside another has learnt.
+
+    Raises:
+        ConfigError: it cannot say.
+    """
+    if not (hasattr(predictor, "state") and hasattr(predictor, "of_state")):
+        raise ConfigError(
+            f"predictor {predictor.name!r} inside another; allowed: one with state and of_state"
+        )
+    out: State = predictor.state(with_data=with_data)
+    return out
+
+
+def _unseen_by(predictor: Predictor) -> Floats | None:
+    """What it says of labels held out; None = it cannot tell."""
+    held: Floats | None = getattr(predictor, "held_out", lambda: None)()
+    return held
 
 
 def _doubt(said: Floats, targets: Floats) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from searchlab.errors import ConfigError, StudyError, unknown_name
-from searchlab.variables import Affine, Real
+from searchlab.variables import Affine, Choice, Real
 
 if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
@@ -37,6 +37,7 @@ AUTO = "auto"
 SMALL = 60  # evaluations; up to here every single one is thought over
 MEDIUM = 300  # up to here a predictor pays for itself
 MANY_OBJECTIVES = 4  # from here on crowding says little, and directions spread a front better
+FIRST = 10  # random candidates of a mixed space, and labels of the first fit there
 SHARE_OF_BASELINES = 3  # baselines get at most one part in so many of the budget
 _META = "auto"
 
@@ -91,14 +92,21 @@ def choose(
     reason = f"{many} of {what}"
     if evaluations is not None and evaluations <= MEDIUM:
         if registered("guided"):
-            # Without options that follow the budget: a larger one goes on where this one ends.
-            return Chosen(AlgorithmSpec("guided"), reason)
+            # No option follows the budget: a larger one goes on where this one ends.
+            return Chosen(AlgorithmSpec("guided", _first_steps(space)), reason)
         reason += ", without a predictor"
     if prunes:
         return Chosen(
             AlgorithmSpec("evolution", {"race": True}), f"{reason}; the evaluator can stop early"
         )
     return Chosen(AlgorithmSpec("evolution"), reason)
+
+
+def _first_steps(space: Space) -> dict[str, Any]:
+    """Options of guided search for its first evaluations; where all are choices, its own."""
+    if all(isinstance(variable, Choice) for variable in space.variables.values()):
+        return {}
+    return {"options": {"n_random": FIRST}, "first_fit": FIRST}
 
 
 def chosen_for(stage: Stage) -> Chosen:

@@ -7,6 +7,7 @@ import importlib
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from searchlab.errors import (
     EvaluationError,
     RunInUseError,
     SearchlabError,
+    SearchlabWarning,
     SpaceError,
     StudyError,
 )
@@ -57,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     be resumed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    before, warnings.formatwarning = warnings.formatwarning, _warning_text
+    try:
+        return _main(arguments)
+    finally:
+        warnings.formatwarning = before
+
+
+def _warning_text(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Our warnings in one line like errors, without a place in the source."""
+    if issubclass(category, SearchlabWarning):
+        return f"searchlab: {message}\n"
+    filename, lineno, *_ = place
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def _main(arguments: list[str]) -> int:
     parser = _parser()
     try:
         options, rest = parser.parse_known_args(command_external.recipe_of_evaluator(arguments))
@@ -125,7 +143,7 @@ def _parser() -> _Parser:
     command_external.add_parsers(add)
     add("list", "all runs of a database", _list, run=False)
     add("doctor", "what this installation can do", _doctor, run=False)
-    for module in ("export", "dashboard", "compare", "check", "salvage", "predictor"):
+    for module in ("export", "apply", "dashboard", "compare", "check", "salvage", "predictor"):
         importlib.import_module(f"searchlab.command_{module}").add_parser(commands)
     return parser
 
@@ -164,9 +182,9 @@ def _recipe_parser(recipe: Recipe) -> _Parser:
                 option, dest=name, default=None, help=shown, action=argparse.BooleanOptionalAction
             )
         elif name in lists:
-            own.add_argument(
-                option, dest=name, default=None, help=shown, metavar="VALUE", action="append"
-            )
+            # Several at once: what a shell makes of an unquoted pattern.
+            more: dict[str, Any] = {"metavar": "VALUE", "nargs": "+", "action": "extend"}
+            own.add_argument(option, dest=name, default=None, help=shown, **more)
         else:
             own.add_argument(option, dest=name, default=None, help=shown, metavar="VALUE")
     return parser

@@ -53,7 +53,8 @@ KNOTS = 65  # of a signal's distribution
 FALLBACK = ("ridge", "rf", "gbdt")  # members of a stack that are not their data
 _META = "prior"
 _GUARD = ("guard", "held_out", "online")  # of what an algorithm reports
-_SHOWN = 3  # settings that differ, in the line
+_SHOWN = 3  # settings that differ, in the line, and values of each
+_HASH, _WORD = 16, 32  # letters from which hexadecimals are a hash, and that are shown at most
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _differs(task: PredictorTask, stage: Stage) -> str:
     mine = {**stage.evaluator.identity(), "objective": stage.evaluator.objectives[stage.main].name}
     theirs = {**task.identity, "objective": task.objective}
     keys = [key for key in mine if key not in theirs or theirs[key] != _plain(mine[key])]
-    shown = [f"{key} {_short(theirs.get(key))} -> {_short(mine[key])}" for key in keys[:_SHOWN]]
+    shown = [f"{key} {_change(theirs.get(key), _plain(mine[key]))}" for key in keys[:_SHOWN]]
     more = [f"{len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
     return ", ".join(shown + more)
 
@@ -147,9 +148,33 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
+def _change(old: Any, new: Any) -> str:
+    """What differs between two settings, without what both have, in words."""
+    before, after = _leaves(old), _leaves(new)
+    if len(before) == len(after):
+        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+        before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    else:
+        known = set(before) & set(after)
+        before = [a for a in before if a not in known]
+        after = [b for b in after if b not in known]
+    return f"{_words(before)} -> {_words(after)}"
+
+
+def _leaves(value: Any) -> list[str]:
+    """The numbers and words within lists and mappings, in their order."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value) for leaf in _leaves(value[key])]
+    if isinstance(value, list):
+        return [leaf for part in value for leaf in _leaves(part)]
+    text = "none" if value is None else str(value)
+    hashed = len(text) >= _HASH and not set(text) - set("0123456789abcdef")
+    return [text[:8] if hashed else text if len(text) <= _WORD else f"{text[: _WORD - 3]}..."]
+
+
+def _words(leaves: list[str]) -> str:
+    shown = leaves[:_SHOWN] + ([f"{len(leaves) - _SHOWN} more"] if len(leaves) > _SHOWN else [])
+    return " and ".join(shown) or "nothing"
 
 
 # -- in a run -----------------------------------------------------------------------------------

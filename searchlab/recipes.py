@@ -24,12 +24,14 @@ RECIPES: dict[str, str] = {
     "ask": "searchlab.experiments.command:ASK",
     "checkpoint_mix": "searchlab.experiments.checkpoint_mix:RECIPE",
     "command": "searchlab.experiments.command:RECIPE",
+    "experts": "searchlab.experiments.experts:RECIPE",
     "flasheval": "searchlab.experiments.flasheval:RECIPE",
     "nasbench201": "searchlab.experiments.table:NASBENCH201",
     "solver_schedule": "searchlab.experiments.solver_schedule:RECIPE",
     "table": "searchlab.experiments.table:RECIPE",
 }
 ALIASES: dict[str, str] = {
+    "eep": "experts",
     "lcsc": "checkpoint_mix",
     "s3": "solver_schedule",
     "usf": "solver_schedule",
@@ -52,6 +54,8 @@ class Recipe:
             need an evaluation.
         sections: further report sections.
         export: (result, directory, form) -> files; form is a value of `--to`, "" for the default.
+        apply: (plan file, model, folder to write, dequantize=, family=) -> files; None = plans are
+            not applied to files.
         opens_only: a run is only opened; values come by `searchlab tell`.
     """
 
@@ -62,6 +66,7 @@ class Recipe:
     sections: Callable[[SearchConfig, Result], Sequence[Section]] | None = None
     export: Callable[[SearchConfig, Result, Path, str], list[Path]] | None = None
     opens_only: bool = False
+    apply: Callable[..., list[Path]] | None = None
 
 
 def load_recipe(name: str) -> Recipe:

@@ -232,14 +232,17 @@ class Result:
         interval: Interval = gain["gain"]
         mean = float(np.mean(winner.report))
         level = round(100 * (1 - self.alpha))
-        if gain["distinguishable"]:
+        change = f"gain {interval.mean + 0.0:.3g} ± {interval.half:.2g}"
+        if not np.isfinite(interval.half):
+            change, sure = f"gain {interval.mean + 0.0:.3g}", "one replicate, so no interval"
+        elif gain["distinguishable"]:
             word = "better" if interval.mean > 0 else "worse"
             sure = f"{word}, distinguishable at {level} %"
         else:
             sure = f"not distinguishable at {level} %"
         return (
             f"{where}{mean:.4g} against {np.mean(base.report):.4g} of {base.name} "
-            f"({gain['ratio']:.2f} x, gain {interval.mean:.3g} ± {interval.half:.2g}, {sure})"
+            f"({gain['ratio']:.2f} x, {change}, {sure})"
         )
 
     def __str__(self) -> str:

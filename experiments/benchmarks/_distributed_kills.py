@@ -23,9 +23,7 @@ class _Nodes:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.nodes = [self._node(), self._node()]
-        for node in self.nodes:
-            node.wait()
+        self.nodes = [self._node().wait(), self._node().wait()]
 
     def _node(self) -> Node:
         return Node("--num-cpus", "2", address=self.address)

@@ -350,7 +350,9 @@ def _schedules(
 
 
 def _shares(records: Records) -> dict[str, int]:
-    names, counts = np.unique([w for w in records.worker if w != "cache"], return_counts=True)
+    names, counts = np.unique(
+        [w for w in records.worker if w not in ("", "cache")], return_counts=True
+    )
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 

@@ -25,6 +25,7 @@ GROWTH, STEP = 1.15, 4  # refits: so much more, at least so many labels more
 FOLDS, FEW_FOLDS, FEW = 5, 10, 40  # where labels are few, a fit to fewer says too little
 BATCHES = 3  # so many of the latest batches are what the guard looks at
 BOLDNESS = 0.5  # share of a draw's departure from the mean: of many draws the wildest wins
+BOLDER = 1.0  # of it, where a search is easily caught in one valley
 PADDED = 16  # fewer rows take other matrix kernels, whose last bits differ
 
 
@@ -66,6 +67,7 @@ class Learner:
         guard: what decides on trust.
         own: the first id that is not a seed's.
         prior: an earlier predictor that chooses before the first fit; None = there is none.
+        boldness: share of a draw's departure from the mean that counts.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Learner:
         guard: Guard,
         own: int,
         prior: Prior | None = None,
+        boldness: float = BOLDNESS,
     ) -> None:
+        self._boldness = boldness
         self._make, self._table, self._background = make, table, background
         self._seed, self._level, self._first_fit = seed, level, first_fit
         self._guard, self._own = guard, own
@@ -233,7 +237,7 @@ class Learner:
         rows = np.arange(max(n, PADDED)) % n
         table = self._table(population.take(rows))
         drawn, mean = self.state.predictor.draw(table, u)[0], self.state.predictor.predict(table)[0]
-        return np.argsort((mean + BOLDNESS * (drawn - mean))[:n], kind="stable")
+        return np.argsort((mean + self._boldness * (drawn - mean))[:n], kind="stable")
 
     def noted(self, jobs: Jobs) -> Jobs:
         """The jobs with what is predicted of them."""

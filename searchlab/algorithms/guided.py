@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from searchlab._tau import Tau, tau_of
 from searchlab.algorithms._ladder import Ladder
-from searchlab.algorithms._learner import Final, Guard, Learner
+from searchlab.algorithms._learner import BOLDER, BOLDNESS, Final, Guard, Learner
 from searchlab.algorithms._prior import Prior
-from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told
+from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told, no_parents
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
 from searchlab.errors import ConfigError, SpaceError
 from searchlab.evaluator import Signal
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Guided", "StaticSignals"]
 
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
+AFAR = ((64, 3), (2**62, 16))  # below an id, one in so many candidates is chosen from random ones
 MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
@@ -51,6 +52,11 @@ class Guided(Algorithm):
     stream of their own. The predictor draws one plausible loss function (Thompson), and the best
     candidate under it that is new becomes the job. It is fitted from scratch when `first_fit`
     labels are told and then at fixed counts, 15 % and at least 4 labels apart.
+
+    Of `MANY` elements and more the operators change few at a time. Where a process (`gp`) without
+    signals chooses among those, draws count in full, and one job in three, later one in 16, has
+    random candidates instead: the best may be far from what is known. A linear function has no
+    other valley, and signals tell more than distance.
 
     A guard decides at every fit whether the predictor may choose until the next. It looks at
     labels held out of the fit, at the predictions that were stored with the latest batches before
@@ -125,6 +131,8 @@ class Guided(Algorithm):
         self.prior: Prior | None = None
         if prior is not None:
             self.prior = Prior(prior, space, self._new_predictor, lambda: self._unseen)
+        plain = not self._of and self.ladder is None
+        self.broad = self._predictor == "gp" and plain and space.size >= MANY
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 
@@ -170,6 +178,7 @@ class Guided(Algorithm):
             guard=self.guard,
             own=self.first_id + len(self.seeds.population),
             prior=self.prior,
+            boldness=BOLDER if self.broad else BOLDNESS,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -424,6 +433,21 @@ class Guided(Algorithm):
 
     def _drawn(self, ids: Sequence[int]) -> list[Draw | None]:
         """The pool of each id; a row of it depends on its own id and uniforms only."""
+        near = [i for i in ids if not (self.broad and self._looks_afar(i))]
+        pools = dict(zip(near, self._near(near), strict=True))
+        return [pools[i] if i in pools else self._afar() for i in ids]
+
+    def _looks_afar(self, i: int) -> bool:
+        place = i - self.first_id
+        return place % next(every for below, every in AFAR if place < below) == 0
+
+    def _afar(self) -> Draw | None:
+        """The same random candidates each time; those that were asked for are not new any more."""
+        n = len(self._random)
+        return Draw(self._random, ["random"] * n, no_parents(n)) if n else None
+
+    def _near(self, ids: Sequence[int]) -> list[Draw | None]:
+        """The wrapped algorithm's candidates for each id, varied as usual and more wildly."""
         width, shared = self.inner._cached_width, self.inner.shared
         blocks = [uniforms(self.seed, POOL, i * self.pool, self.pool, width) for i in ids]
         parts: list[tuple[NDArray[np.int64], Draw]] = []

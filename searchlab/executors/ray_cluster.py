@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from searchlab.errors import ConfigError, EvaluationError
+from searchlab.executors._ray_hello import REACH, check_head
 
 __all__ = ["Cluster", "Need", "is_loopback", "split_address"]
 
-REACH = 3.0  # seconds for a connection to be made
 GONE = 8.0  # seconds after which a head that cannot be reached is lost; Ray itself aborts at 60
 LEAVE = 5.0  # seconds that leaving a cluster may take
 STORE = 200_000_000  # bytes of the object store of a cluster of our own, at least
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _NOT_CUSTOM = ("CPU", "GPU", "memory", "object_store_memory")
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Cluster:
                 self._own = True
         self._head = split_address(ray.get_runtime_context().gcs_address)
         given = _given(self.address)
-        if given is not None and not _same(given, self._head):
+        if given is not None and not self._own and not _same(given, self._head):
             shown = ":".join(map(str, self._head))
             raise ConfigError(
                 f"address {self.address!r}; this process is connected to the cluster at {shown} "
@@ -300,34 +299,6 @@ def _use_token() -> None:
             Config.initialize("")
 
 
-def check_head(where: tuple[str, int]) -> None:
-    """Makes sure that something at an address speaks as the head of a cluster does.
-
-    Raises:
-        ConfigError: nothing, or something else, answers.
-    """
-    shown = ":".join(map(str, where))
-    try:
-        with socket.create_connection(where, REACH) as connection:
-            connection.settimeout(REACH)
-            connection.sendall(_PREFACE)
-            answer = b""
-            while len(answer) < 9 and (piece := connection.recv(9 - len(answer))):
-                answer += piece
-    except TimeoutError:
-        answer = b""
-    except OSError as error:
-        raise ConfigError(
-            f"nothing answers at {shown} ({_line(error)}); allowed: the address that "
-            "`ray start --head` prints"
-        ) from error
-    if len(answer) < 9 or answer[3] != 4:  # the first frame of HTTP/2 holds settings
-        raise ConfigError(
-            f"what answers at {shown} is no Ray cluster; allowed: the address that "
-            "`ray start --head` prints"
-        )
-
-
 def _given(address: str | None) -> tuple[str, int] | None:
     return None if address in (None, "auto") else split_address(str(address))
 
@@ -357,10 +328,14 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
-    """Whether two addresses mean one place."""
+    """Whether two addresses mean one place; Ray writes this machine's own for a loopback one."""
     if one[1] != other[1]:
         return False
     try:
+        if is_loopback(one[0]):
+            import ray
+
+            return other[0] == str(ray.util.get_node_ip_address()) or is_loopback(other[0])
         return one == other or socket.gethostbyname(one[0]) == socket.gethostbyname(other[0])
     except OSError:
         return False

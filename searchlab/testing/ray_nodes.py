@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["Node", "command_of", "descendants", "environment", "free_port", "head"]
 
 ROOT = Path(__file__).resolve().parents[2]
+STARTS = 3  # of a node that Ray gave up waiting for
 RAY = Path(sys.executable).with_name("ray")
 
 
@@ -55,11 +56,16 @@ class Node:
     ) -> None:
         place = ["--address", address] if address else ["--head", "--port", str(port)]
         place += [] if address else ["--include-dashboard", "false"]
-        self.log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115
         store = ["--object-store-memory", "80000000"]
+        self._words = ["start", "--block", "--disable-usage-stats", *place, *store, *more]
+        self._environment = {**environment(), **(variables or {})}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [str(RAY), "start", "--block", "--disable-usage-stats", *place, *store, *more],
-            env={**environment(), **(variables or {})},
+            [str(RAY), *self._words],
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -67,10 +73,15 @@ class Node:
         )
 
     def wait(self) -> Node:
-        """Until it is up."""
+        """Until it is up; Ray itself gives a node thirty seconds, too few on a busy machine."""
+        starts = 1
         while "Ray runtime started" not in (text := Path(self.log.name).read_text("utf-8")):
             if self.process.poll() is not None:
-                raise OSError(f"ray start ended with {self.process.returncode}: {text[-2000:]}")
+                if starts == STARTS or "timed out during startup" not in text:
+                    raise OSError(f"ray start ended with {self.process.returncode}: {text[-2000:]}")
+                starts += 1
+                self.kill()
+                self._begin()
             time.sleep(0.05)
         return self
 

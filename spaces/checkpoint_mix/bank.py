@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from searchlab.errors import ConfigError, DataError
-from searchlab.spaces.checkpoint_mix.buffers import buffer
+from searchlab.spaces.checkpoint_mix.buffers import Pool, buffer
 from searchlab.spaces.checkpoint_mix.layout import Layout, layout_of
 from searchlab.spaces.checkpoint_mix.sources import CheckpointSource
 
@@ -129,6 +129,7 @@ class CheckpointBank:
         self.plan = self._plan()
         if announce is not None:
             announce(str(self.plan))
+        self.pool = Pool()
         self.broken: dict[int, str] = {}
         self._tiles: list[Tensor] = []
         self._base: list[Tensor | None] = [None] * len(self.layout.blocks)
@@ -402,7 +403,7 @@ class CheckpointBank:
         slab = self._slab(block)
         dtype = self.dtype_of(block)
         shape = (slab, len(self), width)
-        buffers = [buffer(shape, dtype) for _ in range(2)]
+        buffers = [self.pool.take(shape, dtype) for _ in range(2)]
         tile_bytes = len(self) * width * dtype.itemsize
         starts = list(range(0, count, slab))
         handle = os.open(self._file(block), os.O_RDONLY)

@@ -13,7 +13,6 @@ from torch import Tensor
 from searchlab.cuda_ext.weighted_sum import weighted_sum
 from searchlab.errors import DataError, SpaceError
 from searchlab.spaces.checkpoint_mix.bank import CheckpointBank
-from searchlab.spaces.checkpoint_mix.buffers import buffer
 from searchlab.spaces.checkpoint_mix.layout import Segment
 
 __all__ = ["convex", "merge", "move", "states"]
@@ -109,7 +108,7 @@ def _merge_block(
     if bank.delta is not None:
         padded[:, :, -1] = 0.0  # the newest is the base, and differs from it by nothing
     weights = torch.from_numpy(np.ascontiguousarray(padded.transpose(1, 0, 2))).to(wide)
-    out = buffer((p, size), wide)
+    out = bank.pool.take((p, size), wide)
     part = torch.empty((rows, width), dtype=wide)  # where rows are padded
     room = torch.empty((k, width), dtype=wide)
     same = bank.dtype_of(block) is wide
@@ -125,9 +124,9 @@ def _merge_block(
             if segment.start >= last:
                 break
             low, high = max(first, segment.start), min(last, segment.end)
-            stretch = values[:, low - first : high - first]
+            columns = values[:, low - first : high - first]
             to = out[:, low:high] if direct else part[:, : high - low]
-            torch.mm(weights[segment.group], stretch, out=to)
+            torch.mm(weights[segment.group], columns, out=to)
             if not direct:
                 out[:, low:high] = to[:p]
     base = bank.base(block)

@@ -99,7 +99,7 @@ def find_checkpoints(
         part: subfolder of every checkpoint folder that holds the weights ("unet", for example).
 
     Raises:
-        ConfigError: nothing found, fewer than two, or several parts to choose from.
+        ConfigError: nothing found, fewer than two, several parts to choose from, or not that part.
         DataError: weights that are pickles only.
     """
     found: dict[Path, CheckpointSource] = {}
@@ -112,9 +112,15 @@ def find_checkpoints(
             for source in _sources(Path(match), part, alone=len(matches) == 1):
                 found.setdefault(source.path.resolve(), source)
     if len(found) < 2:
+        many = "1 checkpoint" if len(found) == 1 else f"{len(found)} checkpoints"
         raise ConfigError(
-            f"{len(found)} checkpoints at {', '.join(map(str, patterns))}; allowed: two or more "
+            f"{many} at {', '.join(map(str, patterns))}; allowed: two or more "
             "(safetensors files, or folders that hold them)"
+        )
+    if part is not None and all(s.files[0].parent.name != part for s in found.values()):
+        raise ConfigError(
+            f"part {part!r} is in none of the checkpoints at {', '.join(map(str, patterns))}; "
+            "allowed: a subfolder of each that holds weights"
         )
     steps = [source.step for source in found.values()]
     if None not in steps and len(set(steps)) == len(steps):

@@ -120,6 +120,10 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
     assert spec.name == name
     assert spec.options == {}  # or a larger budget would not go on where a smaller one ends
     assert choose(REALS, evaluations=evaluations).spec.name == "cma"
+    if name == "guided":  # nor may the options of a mixed space follow the budget
+        mixed = choose(MIXED, evaluations=evaluations).spec
+        assert mixed == choose(MIXED, evaluations=20).spec
+        assert mixed.build(MIXED, seed=0, first_id=0, seeds=None).first_fit == 10
 
 
 # -- runs ---------------------------------------------------------------------------------------

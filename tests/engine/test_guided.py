@@ -123,6 +123,24 @@ def test_with_trust_the_predictor_chooses_and_finds_more() -> None:
     assert np.mean(left["guided"]) < 0.5 * np.mean(left["evolution"])
 
 
+def test_many_mixed_elements_are_also_looked_for_afar() -> None:
+    wide = Space(x=Choice(range(4), shape=(20,)), y=Real(0, 1, shape=(10,)))
+    for space, options, wanted in (
+        (wide, {"guard": "always"}, {18, 21, 24, 27}),
+        (wide, {"guard": "always", "predictor": "ridge"}, set()),
+        (CHOICES, {"guard": "always", "predictor": "gp"}, set()),
+    ):
+        algorithm = Guided(space, seed=1, pool=50, first_fit=16, **options)
+        afar = set()
+        for i in range(29):
+            jobs = algorithm.ask(i, 1)
+            if jobs.origin[0] == "guided:random":
+                afar.add(i)
+            losses = jobs.population["x"].sum(axis=1)[:, None].astype(float)
+            algorithm.tell(Told(jobs.ids, jobs.population, losses, np.zeros(1), jobs.predicted))
+        assert afar == wanted
+
+
 def test_what_cannot_be_wrapped_is_refused() -> None:
     for name in ("nsga2", "tpe", "listed", "successive_halving", "local_search", "guided"):
         options = {"fidelities": (0.1, 1.0)} if name == "successive_halving" else {}

@@ -29,7 +29,7 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
 from searchlab.executors import Executor, LocalExecutor, RayExecutor
-from searchlab.executors.ray_cluster import Need, check_token, is_loopback, split_address
+from searchlab.executors.ray_cluster import Cluster, Need, check_token, is_loopback, split_address
 from searchlab.loop import Callback, Progress
 from searchlab.population import Jobs
 from searchlab.search import run, search
@@ -46,19 +46,6 @@ from searchlab.testing.executor import (
 )
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="session")
-def started_head() -> Iterator[tuple[str, ray_nodes.Node]]:
-    """A cluster that all tests share."""
-    with ray_nodes.head("--num-gpus", "2", cpus=12) as both:
-        yield both
-
-
-@pytest.fixture(scope="session")
-def cluster(started_head: tuple[str, ray_nodes.Node]) -> str:
-    """Its address."""
-    return started_head[0]
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +313,7 @@ def devices(a: int, b: int) -> float:
 
 def test_devices_are_shared_or_taken_whole(cluster: str) -> None:
     seen = {}
-    for gpus, workers in ((0.5, None), (2, None)):
+    for gpus, workers in ((0.5, 2), (2, None)):
         executor = RayExecutor(workers=workers, address=cluster, gpus=gpus)
         executor.start((FunctionEvaluator(devices, chunk_space()),))
         seen[gpus] = executor.workers, executor.devices()
@@ -334,7 +321,7 @@ def test_devices_are_shared_or_taken_whole(cluster: str) -> None:
         (done,) = collect(executor, 1)
         executor.close()
         seen[gpus] += (float(done.evaluations.values[0, 0]),)
-    assert seen[0.5][:2] == (4, {"gpu": 4})
+    assert seen[0.5][:2] == (2, {"gpu": 2})
     assert seen[0.5][2] in (0.0, 1.0)
     assert seen[2] == (1, {"gpu": 1}, 0.1)
 
@@ -359,10 +346,13 @@ def test_addresses_that_are_no_cluster(tmp_path: Path) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     silent = socket.create_server(("127.0.0.1", 0))
+    other = socket.create_server(("127.0.0.1", 0))  # speaks HTTP/2 and knows no such method
+    threading.Thread(target=_refuse_calls, args=(other,), daemon=True).start()
     try:
         for address, text in (
             (f"127.0.0.1:{server.server_port}", "is no Ray cluster"),
             (f"127.0.0.1:{silent.getsockname()[1]}", "is no Ray cluster"),
+            (f"127.0.0.1:{other.getsockname()[1]}", "is no Ray cluster"),
             (f"127.0.0.1:{ray_nodes.free_port()}", "nothing answers"),
             ("localhost", "HOST:PORT"),
             ("http://localhost:6379", "HOST:PORT"),
@@ -378,6 +368,34 @@ def test_addresses_that_are_no_cluster(tmp_path: Path) -> None:
     finally:
         server.shutdown()
         silent.close()
+        other.close()
+
+
+def _refuse_calls(server: socket.socket) -> None:
+    """Answers as servers of gRPC do: settings, then a status in a header."""
+    settings = bytes(3) + b"\x04" + bytes(5)
+    headers = b"\x88@\x0ccontent-type\x10application/grpc@\x0bgrpc-status\x0212"
+    answer = len(headers).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + headers
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(settings + answer)
+
+
+def test_a_cluster_of_this_machine_is_joined_by_its_loopback_address(
+    cluster: str, shared: RayExecutor
+) -> None:
+    port = cluster.rpartition(":")[2]
+    executor = RayExecutor(workers=1, address=f"127.0.0.1:{port}")
+    executor.start(evaluators()[:1])
+    try:
+        executor.submit(chunk(0, 1))
+        assert len(collect(executor, 1)) == 1
+    finally:
+        executor.close()
+    with pytest.raises(ConfigError, match=f"connected to the cluster at {cluster} already"):
+        Cluster("127.0.0.1:1", workers=1, need=Need()).join()
 
 
 def test_beyond_this_machine_a_token_is_needed(

@@ -146,6 +146,14 @@ def test_a_difference_within_the_noise_is_not_distinguishable() -> None:
     assert "not distinguishable at 95 %" in result.verdict()
 
 
+def test_one_report_replicate_has_no_interval() -> None:
+    made = Noisy(sl.Space(fmt=sl.Choice(("fp8",), shape=(6,)), scale=sl.Real(0.99, 1.01)), 5.0)
+    baselines = {"one": {"fmt": ["fp8"] * 6, "scale": 1.0}}
+    result = sl.search(made.space, made, budget=20, baselines=baselines, final=sl.Final(report=1))
+    assert "one replicate, so no interval" in result.verdict()
+    assert "nan" not in result.verdict()
+
+
 def test_growing_the_budget_redoes_the_final(tmp_path: Path) -> None:
     def go(budget: int, out: Path) -> tuple[Noisy, Any]:
         made = Noisy(space(), 0.01)

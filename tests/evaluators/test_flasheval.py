@@ -121,6 +121,21 @@ def test_cost_and_pilot_are_signals(folder: Path) -> None:
     assert (traded.std_error[:, 1] == 0).all()
 
 
+def test_the_other_dataset_is_a_signal_where_it_has_the_setting(folder: Path) -> None:
+    evaluator = FlashEval(folder, metric="HPS", prompts=LEVELS, elsewhere=True)
+    assert [signal.name for signal in evaluator.signals] == ["cost", "HPS on coco"]
+    coco = FlashEval(folder, dataset="coco", metric="HPS", prompts=LEVELS)
+    settings = evaluator.space.enumerate()
+    known = dict(zip(coco.config_ids.tolist(), coco.truth().tolist(), strict=True))
+    column = evaluator.static_signals(settings)[:, 1]
+    ids = evaluator.config_ids[evaluator.rows_of(settings)].tolist()
+    assert np.isnan(column).sum() == len(ids) - len(known)
+    assert column[~np.isnan(column)].tolist() == [known[i] for i in ids if i in known]
+    assert identity_digest(evaluator) != identity_digest(
+        FlashEval(folder, metric="HPS", prompts=LEVELS)
+    )
+
+
 def test_identity_and_space(folder: Path) -> None:
     one = FlashEval(folder, prompts=LEVELS)
     same: list[Any] = [{"metric": "CLIP"}, {"seed": 1}, {"pilot": 5}]

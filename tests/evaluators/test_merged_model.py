@@ -221,3 +221,20 @@ def test_settings_of_scores() -> None:
     broken = {n: torch.full_like(t, float("nan")) for n, t in Ring().state_dict().items()}
     with pytest.raises(EvaluationError, match="not finite"):
         score.score(broken, 0, 0)
+
+
+def test_generators_of_the_splits_differ(bank: CheckpointBank, space: CheckpointMixSpace) -> None:
+    """Those of torch look at the lower 32 bits of a seed only."""
+    seen: list[float] = []
+
+    def draw(state: dict[str, Tensor], seed: int) -> float:
+        seen.append(float(torch.rand(1, generator=torch.Generator().manual_seed(seed))))
+        return seen[-1]
+
+    score = FunctionScore(draw, "draw")
+    places = [0, 1, SELECTION_REPLICATE, REPORT_REPLICATE, REPORT_REPLICATE + 1]
+    for replicate in places:
+        score.score({}, 0, replicate)
+    assert len(set(seen)) == len(places)
+    score.score({}, 0, REPORT_REPLICATE)
+    assert seen[-1] == seen[3]

@@ -56,7 +56,8 @@ def test_a_users_own_checkpoints_by_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_user(tmp_path)
-    given = ["run", "lcsc", "--checkpoints", "out/step_*", "--evaluator", "user_score:distance"]
+    paths = [f"out/step_{step}.safetensors" for step in (1, 2, 3, 4, 5)]  # as by an open pattern
+    given = ["run", "lcsc", "--checkpoints", *paths, "--evaluator", "user_score:distance"]
     assert main([*given, "--budget", "150", "--name", "one", "--quiet"]) == 0
     assert "5 checkpoints, oldest first; bank memory" in capsys.readouterr().err
     out = tmp_path / "runs" / "one" / "export"
@@ -196,7 +197,9 @@ def small() -> torch.nn.Module:
         ({"evaluator": "command", "command": "true {out}"}, r"does not use \{model\}"),
         ({"evaluator": "command", "command": "true {model} {out} {x}"}, r"placeholder \{x\}"),
         ({"evaluator": "command", "command": "/no/such {model} {out}"}, "'/no/such' is not found"),
-        ({"evaluator": "math:fsum", "part": "unet", "checkpoints": ("none",)}, "'none'"),
+        ({"evaluator": "math:fsum", "part": "unet"}, "part 'unet' is in none"),
+        ({"evaluator": "math:fsum", "subspace": 5}, "subspace 5; allowed: 0 to 4"),
+        ({"evaluator": "math:fsum", "steer": "x"}, "steer 'x'; allowed: value"),
     ],
 )
 def test_what_is_wrong_is_found_before_the_bank_is_read(
@@ -215,3 +218,15 @@ def test_what_is_wrong_is_found_before_the_bank_is_read(
         given["objective"] = ("loss:min",)
     with pytest.raises(SearchlabError, match=text):
         build(CheckpointMixOptions(**given))
+
+
+def test_two_checkpoints_are_one_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_user(tmp_path, k=2)
+    options = CheckpointMixOptions(
+        checkpoints=("out",), evaluator="user_score:distance", budget=30, report_banks=2
+    )
+    winner = run(build(options)).groups[-1].winner
+    assert winner is not None
+    assert winner.search < 0.5  # at 3.5 times the newest, which alone is at 2.5

@@ -7,11 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from searchlab.errors import ConfigError
 from searchlab.predictor import Table
 from searchlab.predictors.gp import GaussianProcess
-from searchlab.predictors.reuse import PREDICTED
-from searchlab.predictors.transfer import Refined
+from searchlab.predictors.transfer import PREDICTED, Refined
 from searchlab.testing.predictor import PredictorSuite, labelled, plain_space, tau
 
 
@@ -93,6 +91,17 @@ def test_an_old_score_that_is_missing_leaves_the_fit_from_scratch() -> None:
     assert np.allclose(said[rest], warm.rank(table)[rest], rtol=0.05, atol=0.05)
 
 
-def test_a_predictor_that_holds_nothing_out_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dele"):
-        Refined(new="dele")
+class Silent(GaussianProcess):
+    """It does not tell what it says of labels held out."""
+
+    def held_out(self) -> None:
+        return None
+
+
+def test_what_cannot_be_judged_is_believed_as_before() -> None:
+    table, losses = labelled(plain_space(), 40, signals=2)
+    warm = Refined(prior="s0", make=Silent)
+    warm.fit(table, losses, seed=0)
+    assert warm.belief == pytest.approx(0.9)
+    assert warm.share == 0.0
+    assert warm.held_out() is not None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from searchlab.errors import ConfigError, DataError, SpaceError
-from searchlab.spaces.checkpoint_mix import CheckpointBank, find_checkpoints, merge, states
+from searchlab.spaces.checkpoint_mix import CheckpointBank, buffers, find_checkpoints, merge, states
 from searchlab.spaces.checkpoint_mix.baselines import ema, ema_of_steps, lawa, named, one_hot
 from searchlab.spaces.checkpoint_mix.export import mergekit_yaml, write_merged
 from searchlab.spaces.checkpoint_mix.lora import product_config, product_state
@@ -461,3 +461,39 @@ def test_products_of_adapters(tmp_path: Path) -> None:
     write(tmp_path / "plain")
     with pytest.raises(DataError, match="no adapter"):
         product_state(opened(tmp_path / "plain"), np.eye(K)[0])
+
+
+# -- buffers --------------------------------------------------------------------------------------
+
+
+def test_buffers_are_used_again_but_never_while_a_view_is_kept() -> None:
+    pool, size = buffers.Pool(), 2**19
+    first = pool.take((2, size), torch.float32)
+    place, kept = first.data_ptr(), first[1, 5:9]
+    kept.fill_(7.0)
+    del first
+    other = pool.take((2, size), torch.float32)
+    assert other.data_ptr() != place
+    other.zero_()
+    assert kept.tolist() == [7.0] * 4
+    del kept
+    assert pool.take((1, size), torch.float32).data_ptr() == place
+    again = pool.take((4, size), torch.float16), pool.take((8, size), torch.float32)
+    assert again[0].data_ptr() == place
+    assert other.data_ptr() not in (place, again[1].data_ptr())
+
+
+def test_merges_that_are_kept_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "_LEAST", 64)
+    write(tmp_path)
+    bank = opened(tmp_path)
+    rows = random_rows(8)
+    (first,) = merge(bank, rows[:4])
+    before = first.clone()
+    kept = [state["blocks.1.w"] for state in states(bank, rows)]
+    copies = [tensor.clone() for tensor in kept]
+    merge(bank, rows[::-1].copy())
+    assert torch.equal(first, before)
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
