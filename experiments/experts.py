@@ -200,11 +200,18 @@ def export(config: SearchConfig, result: Result, directory: Path, form: str) -> 
     return write(config, result, directory, form)
 
 
-def apply(plan: Path, model: Path, directory: Path, dequantize: str | None) -> list[Path]:
+def apply(
+    plan: Path,
+    model: str,
+    directory: Path,
+    *,
+    dequantize: str | None = None,
+    family: str | None = None,
+) -> list[Path]:
     """Writes the checkpoint that a plan makes of another model, see `experts_apply`."""
     from searchlab.experiments.experts_apply import apply as write
 
-    return write(plan, model, directory, dequantize)
+    return write(plan, model, directory, dequantize=dequantize, family=family)
 
 
 def sections(config: SearchConfig, result: Result) -> Sequence[Section]:

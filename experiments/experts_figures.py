@@ -61,5 +61,5 @@ def figure_kept(
     left.set_ylabel("layer", color=INK, fontsize=9)
     bar = figure.colorbar(drawn, ax=right, shrink=0.9)
     bar.ax.tick_params(colors=INK, labelsize=8, length=3)
-    bar.outline.set_edgecolor(INK)  # type: ignore[operator]
+    bar.outline.set_edgecolor(INK)
     return to_svg(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -107,6 +107,7 @@ class Prepared:
 
         from searchlab.evaluators.language.calibration import baselines, calibrate
         from searchlab.evaluators.language.experts import experts_evaluator
+        from searchlab.evaluators.language.problem import LanguageProblem
         from searchlab.evaluators.language.static_figures import StaticFigures
         from searchlab.spaces.experts import ResidentExperts
 
@@ -125,18 +126,18 @@ class Prepared:
             prompts=self.prompts,
             at_once=options.together,
         )
-        part = evaluator.problem.part("search")
-        batches = [block.batch for block in part.blocks if block.batch is not None]
-        known: dict[str, NDArray[np.bool_]] = {}
-        used = np.zeros((len(self.layout.blocks), self.layout.experts))
-        if batches:
-            forward: Any = evaluator.forward
-            calibration = calibrate(forward, batches)
-            if options.guided:
-                evaluator.add_signals(StaticFigures(calibration))
-            known = baselines(space, calibration)
-            used = calibration.counts
-        return Loaded(self, resident, space, evaluator, known, used)
+        # Generation has no batches: the router is then watched on prompts with right answers.
+        problem = evaluator.problem
+        if self.settings.metric == "exact_match":
+            written = replace(self.settings, metric="perplexity")
+            problem = LanguageProblem(self.task, self.prompts, written, device=problem.device)
+        blocks = problem.part("search").blocks
+        forward: Any = evaluator.forward
+        calibration = calibrate(forward, [block.batch for block in blocks if block.batch])
+        if options.guided:
+            evaluator.add_signals(StaticFigures(calibration))
+        known, used = baselines(space, calibration), calibration.counts
+        return Loaded(self, resident, space, _travels(evaluator, options, "prune"), known, used)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Loaded:
             )
 
         model = self.resident.model
-        return applied_evaluator(
+        evaluator = applied_evaluator(
             model,
             self.prepared.task,
             self.prepared.settings,
@@ -190,6 +191,16 @@ class Loaded:
             },
             prompts=self.prepared.prompts,
         )
+        return _travels(evaluator, self.prepared.options, "merge")
+
+
+def _travels(
+    evaluator: ExpertsEvaluator, options: ExpertsOptions, stage: Literal["prune", "merge"]
+) -> ExpertsEvaluator:
+    """The evaluator, able to go to worker processes: they load the model themselves."""
+    from searchlab.experiments.experts_worker import TravellingEvaluator
+
+    return TravellingEvaluator.of(evaluator, options, stage)
 
 
 _LOADED: WeakKeyDictionary[Any, Loaded] = WeakKeyDictionary()

@@ -147,7 +147,8 @@ def with_pace(config: SearchConfig, given: argparse.Namespace) -> SearchConfig:
     """The configuration with the lag and the chunk that the options ask for."""
     lag, chunk = (getattr(given, name, None) for name in _PACE)
     if lag is not None:  # text where the recipe has this option itself
-        config = replace(config, lag=_lag(lag) if isinstance(lag, str) else lag)
+        number: Any = _lag(lag) if isinstance(lag, str) else lag
+        config = replace(config, lag=number)
     if chunk is not None:
         stages = tuple(replace(stage, chunk=None) for stage in config.stages)
         config = replace(config, chunk=int(chunk), stages=stages)

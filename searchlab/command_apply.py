@@ -18,9 +18,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(action=_apply)
     parser.add_argument("plan", metavar="PLAN", help="a plan's file, or the folder of an export")
     parser.add_argument("directory", metavar="DIR", help="folder for what comes out")
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the model")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="the model: its folder or id"
+    )
     parser.add_argument("--recipe", default="experts", help="whose plan it is (experts)")
     parser.add_argument("--dequantize", metavar="DTYPE", help="bf16: write plain weights")
+    parser.add_argument("--family", metavar="FILE", help="a family's table of one's own")
 
 
 def _apply(options: argparse.Namespace, rest: list[str]) -> int:
@@ -30,11 +33,15 @@ def _apply(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = load_recipe(options.recipe)
     if recipe.apply is None:
         raise ConfigError(f"plans of {recipe.name!r} are not applied to files; allowed: experts")
-    model, plan = Path(options.model), Path(options.plan)
-    if not model.is_dir():
-        raise ConfigError(f"model {options.model!r}; allowed: a folder with a model's files")
     directory = Path(options.directory)
     check_folder(directory)
-    for path in recipe.apply(plan, model, directory, options.dequantize):
+    written = recipe.apply(
+        Path(options.plan),
+        options.model,
+        directory,
+        dequantize=options.dequantize,
+        family=options.family,
+    )
+    for path in written:
         print(path)
     return 0

@@ -54,8 +54,8 @@ class Recipe:
             need an evaluation.
         sections: further report sections.
         export: (result, directory, form) -> files; form is a value of `--to`, "" for the default.
-        apply: (plan file, model folder, folder to write, dtype of plain weights or None) -> files;
-            None = plans are not applied to files.
+        apply: (plan file, model, folder to write, dequantize=, family=) -> files; None = plans are
+            not applied to files.
         opens_only: a run is only opened; values come by `searchlab tell`.
     """
 
@@ -66,7 +66,7 @@ class Recipe:
     sections: Callable[[SearchConfig, Result], Sequence[Section]] | None = None
     export: Callable[[SearchConfig, Result, Path, str], list[Path]] | None = None
     opens_only: bool = False
-    apply: Callable[[Path, Path, Path, str | None], list[Path]] | None = None
+    apply: Callable[..., list[Path]] | None = None
 
 
 def load_recipe(name: str) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Batch:
         wanted: int64 (B, w), columns whose logits matter.
         items: numbers of the items, each whole.
         queries: their queries.
+        key: digest of the queries and how they lie, to remember things by.
         row, slot, target, query: int64 (T,): target token t of query `query[t]` is predicted by
             the logits of `wanted[row[t], slot[t]]`.
     """
@@ -69,6 +71,7 @@ class Batch:
     slot: Tensor
     target: Tensor
     query: Tensor
+    key: bytes
 
     @property
     def tree(self) -> bool:
@@ -302,7 +305,13 @@ def _batch(units: Sequence[_Unit], pad: int) -> Batch:
         slot=flat[:, 1].contiguous(),
         target=flat[:, 2].contiguous(),
         query=flat[:, 3].contiguous(),
+        key=_digest(queries, ids.shape, tree=tree),
     )
+
+
+def _digest(queries: Sequence[Query], shape: tuple[int, ...], *, tree: bool) -> bytes:
+    parts = [(query.item, query.context, query.target) for query in queries]
+    return blake2b(repr((parts, tuple(shape), tree)).encode(), digest_size=16).digest()
 
 
 def left_padded(prompts: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor, Tensor]:

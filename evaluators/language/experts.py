@@ -444,7 +444,7 @@ def applied_evaluator(
         trees=lambda longest: takes_trees(model, longest),
         balance=balance_of(model),
         answer=lambda contexts: greedy(
-            model, contexts, new_tokens=settings.new_tokens, prompts=prompts, until=settings.until
+            model, contexts, new_tokens=settings.new_tokens, prompts=prompts
         ),
         device=next(model.parameters()).device,
     )
@@ -493,7 +493,6 @@ def _answerer(
                 [contexts[number] for number in own],
                 new_tokens=settings.new_tokens,
                 prompts=prompts,
-                until=settings.until,
             )
             out.update(zip(own, answers, strict=True))
         return [out[number] for number in range(len(contexts))]
@@ -515,12 +514,7 @@ def _answerer(
                 tops = logits[0, batch.row, batch.slot].argmax(dim=-1).tolist()
                 for query, token in zip(batch.queries, tops, strict=True):
                     answers[query.item] += (token,)
-            alive = [
-                number
-                for number in alive
-                if answers[number][-1] not in prompts.stops
-                and not any(s in prompts.text(answers[number]).lstrip() for s in settings.until)
-            ]
+            alive = [n for n in alive if answers[n][-1] not in prompts.stops]
             if not alive:
                 break
         return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from searchlab.errors import ConfigError
 from searchlab.evaluators.language.batches import LANES, Batch
 from searchlab.evaluators.language.forward import attention_of
+from searchlab.evaluators.language.states import States
 from searchlab.evaluators.language.steady import forwards, shared_experts, steady_experts
 
 __all__ = ["LayerStore", "LayeredForward", "Masked", "Progress"]
@@ -145,8 +145,7 @@ class LayeredForward:
         self.observe: Callable[[int, Any, Any, Tensor, Batch], None] | None = None
         self._decoder: Any = self.model.model
         self._block_of = {layer: n for n, layer in enumerate(resident.layout.blocks)}
-        self._states: OrderedDict[Any, Tensor] = OrderedDict()
-        self._bytes = 0
+        self._states = States(self.remember)
         self._pairs: dict[int, bool] = {}  # layer -> whether its block returns its routing too
 
     @property
@@ -162,7 +161,6 @@ class LayeredForward:
     def forget(self) -> None:
         """Drops remembered states."""
         self._states.clear()
-        self._bytes = 0
 
     def logits(self, batch: Batch, kept: Kept) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Yields (candidates (c,), logits (c, B, w, V)) until every candidate of kept (K, L, E)
@@ -206,7 +204,11 @@ class LayeredForward:
 
     def begin(self, batch: Batch, kept: Kept) -> Progress:
         """A batch before the first layer, or where states of an earlier candidate go."""
-        hidden, calls = self._captured(batch)
+        entry = self._states.get((batch.key, "calls"))
+        if entry is None:
+            entry = self._captured(batch)
+            self._states.put((batch.key, "calls"), entry)
+        hidden, calls = entry
         k = len(kept)
         state = Progress(batch, kept, np.full(k, -1, dtype=np.int64), [], calls)
         starts: dict[tuple[int, bytes], list[int]] = {}
@@ -214,7 +216,7 @@ class LayeredForward:
             layer, key = self._deepest(batch, kept[candidate])
             starts.setdefault((layer, key), []).append(candidate)
         for (layer, key), candidates in starts.items():
-            known = hidden if layer == 0 else self._states[batch.queries, layer, key]
+            known = hidden if layer == 0 else self._states.get((batch.key, layer, key))
             state.waiting.setdefault(layer, []).append((candidates, known))
         return state
 
@@ -227,21 +229,9 @@ class LayeredForward:
         """The last layer before which a candidate's states are remembered, or 0."""
         for layer in range(self.layers - 1, 0, -1) if self._states else ():
             key = self._prefix(layer, kept)
-            if (batch.queries, layer, key) in self._states:
-                self._states.move_to_end((batch.queries, layer, key))
+            if (batch.key, layer, key) in self._states:
                 return layer, key
         return 0, b""
-
-    def _remember(self, batch: Batch, layer: int, kept: Kept, hidden: Tensor) -> None:
-        size = hidden.numel() * hidden.element_size()
-        key = (batch.queries, layer, self._prefix(layer, kept))
-        if size > self.remember or key in self._states:
-            return
-        self._states[key] = hidden.clone()  # not a part of something larger that would stay too
-        self._bytes += size
-        while self._bytes > self.remember:
-            _, old = self._states.popitem(last=False)
-            self._bytes -= old.numel() * old.element_size()
 
     def _captured(self, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
         """States before the first layer, and the arguments the model gives each layer."""
@@ -288,7 +278,10 @@ class LayeredForward:
         if self.remember and not last:
             for group, hidden in enumerate(state.hidden):
                 first = int(np.flatnonzero(state.groups == group)[0])
-                self._remember(state.batch, layer + 1, state.kept[first], hidden)
+                key = (state.batch.key, layer + 1, self._prefix(layer + 1, state.kept[first]))
+                if key not in self._states:
+                    # A copy is no part of something larger that would stay too.
+                    self._states.put(key, hidden.clone())
 
     def _each(
         self, state: Progress, layer: int, call: Callable[[Tensor, dict[str, Any]], Any]
@@ -326,7 +319,13 @@ class LayeredForward:
 
         if layer not in self._pairs:
             self._probe(layer, module, experts, state)
-        halves = self._each(state, layer, attend)
+        # Before the first block all candidates have one state, in every generation.
+        first = (state.batch.key, layer, "attention") if block == 0 else None
+        halves = self._states.get(first)
+        if halves is None or len(halves) != len(state.hidden):
+            halves = self._each(state, layer, attend)
+            if first is not None:
+                self._states.put(first, halves)
         if self.observe is not None:
             router = self.resident.routers[block]
             self.observe(block, router, experts.experts, halves[0][1], state.batch)

@@ -92,7 +92,7 @@ class LanguageScore:
             contexts,
             new_tokens=settings.new_tokens,
             prompts=self.problem.prompts,
-            until=settings.until,
+            until=settings.until if settings.metric == "exact_match" else (),
         )
 
     def score(

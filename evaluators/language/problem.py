@@ -39,7 +39,7 @@ class LanguageSettings:
         few: items of the low fidelity; None = there is none.
         batch_tokens: about how many tokens a batch has; racing looks after each batch.
         new_tokens: most tokens of a generated answer.
-        until: texts that end a generated answer.
+        until: texts that end an answer of "exact_match".
         substring: see `ExactMatch`.
         packed: sequences that begin alike share a row; None = where the model allows it.
     """

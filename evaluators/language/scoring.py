@@ -252,7 +252,7 @@ class Divergence:
     queries: list[Query] = field(init=False)
     best: float = 0.0
     objective: Objective = field(default_factory=lambda: Objective("kl", "min", unit="nat"))
-    _base: dict[tuple[Query, ...], Tensor] = field(init=False, default_factory=dict, repr=False)
+    _base: dict[bytes, Tensor] = field(init=False, default_factory=dict, repr=False)
     _bytes: int = field(init=False, default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -271,15 +271,15 @@ class Divergence:
                 f"the base's distributions over {own.shape[-1]} tokens take more than "
                 f"{self.most_bytes} bytes; allowed: fewer items or shorter answers"
             )
-        self._base[batch.queries] = own
+        self._base[batch.key] = own
 
     def knows(self, batch: Batch) -> bool:
         """Whether the base was asked about a batch."""
-        return batch.queries in self._base
+        return batch.key in self._base
 
     def score(self, batch: Batch, logits: Tensor) -> ItemScores:
         """See `Questions.score`."""
-        base = self._base[batch.queries].to(logits.device)
+        base = self._base[batch.key].to(logits.device)
         chosen = batch.target[:, None]
         divergences, nll = [], []
         for own in logits:

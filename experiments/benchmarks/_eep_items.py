@@ -104,7 +104,7 @@ def _modes(journal: Journal) -> None:
         mask = space.masks(space.sample(uniforms(5, 0, 0, 1, space.sample_width)))
         out = []
         for mode in ("slice", "prob"):
-            with resident.masked(mask, router_mode=mode):  # type: ignore[arg-type]
+            with resident.masked(mask, router_mode=mode):
                 out.append(logits_of(resident.model, ids))
         found[name] = float((out[0] - out[1]).abs().max())
     journal.case(

@@ -8,7 +8,7 @@ divergence), `racing` (stopping early changes no winner), `planted` (one of 400 
 best one: how often is it found, how soon), `half`, `quarter` (the bundled character model, four
 tasks: found subsets beside the full model, random ones and known rankings, on items that nothing
 was chosen by), `few` (40 evaluations in all, against REAP), `predictor` (half of the evaluations
-with a predictor).
+with a predictor), `gpu` (a random Mixtral of 60 GB: candidates, merges, sizes; needs a device).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.utils import logging
 from searchlab.experiments.benchmarks import _eep_items as items
 from searchlab.experiments.benchmarks import _eep_zoo as zoo
 from searchlab.experiments.benchmarks._common import Journal, flags
+from searchlab.experiments.benchmarks._eep_gpu import gpu
 from searchlab.experiments.benchmarks._eep_planted import planted
 
 _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
@@ -37,6 +38,7 @@ _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
     "quarter": zoo.quarter,
     "few": zoo.few,
     "predictor": zoo.predictor,
+    "gpu": gpu,
 }
 PARTS = tuple(_RUNS)
 

@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for first in range(options.first, options.first + runs, BLOCK):
             _kills(journal, min(BLOCK, options.first + runs - first), 100 * first)
     if "soak" in wanted:
-        _soak(journal, options.soak or (8.0 if quick else 300.0))
+        _soak(journal, options.soak or (4.0 if quick else 300.0))
     if "memory" in wanted:
         _memory(journal, *((6000, 5000, 50.0) if quick else (200_000, 50_000, 100.0)))
     if "journal" in wanted:

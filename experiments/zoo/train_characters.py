@@ -206,7 +206,7 @@ class _Training:
         self._adam()
         by_kind = by_row.detach().reshape(-1, len(KINDS)).mean(dim=0)
         losses = dict(zip(KINDS, by_kind.tolist(), strict=True))
-        return {**losses, "balance": float(balance), "shared": float(shared)}
+        return {**losses, "balance": float(balance.detach()), "shared": float(shared.detach())}
 
     @torch.no_grad()
     def _adam(self, beta: float = 0.9, gamma: float = 0.98, decay: float = 0.05) -> None:

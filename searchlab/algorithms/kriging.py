@@ -271,7 +271,8 @@ class _Process:
 
         kappa *= abs(generator.normal())
         d = self.x.shape[1]
-        reach = np.stack([self.x.min(axis=0) - self.length, self.x.max(axis=0) + self.length])
+        low, high = self.x.min(axis=0) - self.length, self.x.max(axis=0) + self.length
+        reach = list(zip(low.tolist(), high.tolist(), strict=True))
         best: Any = None
         for _ in range(_STARTS):
             row = min(int(generator.exponential(2.0)), self.labelled - 1)
@@ -282,7 +283,7 @@ class _Process:
                 args=(kappa,),
                 jac=True,
                 method="L-BFGS-B",
-                bounds=reach.T,
+                bounds=reach,
                 options={"maxiter": _STEPS},
             )
             if best is None or found.fun < best.fun:

@@ -124,9 +124,9 @@ def _merge_block(
             if segment.start >= last:
                 break
             low, high = max(first, segment.start), min(last, segment.end)
-            stretch = values[:, low - first : high - first]
+            columns = values[:, low - first : high - first]
             to = out[:, low:high] if direct else part[:, : high - low]
-            torch.mm(weights[segment.group], stretch, out=to)
+            torch.mm(weights[segment.group], columns, out=to)
             if not direct:
                 out[:, low:high] = to[:p]
     base = bank.base(block)

@@ -33,11 +33,11 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @contextmanager
-def dequantised(model: str | Path, dtype: str, beside: Path) -> Iterator[Path]:
+def dequantised(files: ExpertFiles, dtype: str, beside: Path) -> Iterator[Path]:
     """A folder with plain weights of a model, for a while.
 
     Args:
-        model: folder of the quantised model.
+        files: of the quantised model.
         dtype: "bf16".
         beside: the folder is made in the same place as this one, which has the room.
 
@@ -46,7 +46,6 @@ def dequantised(model: str | Path, dtype: str, beside: Path) -> Iterator[Path]:
     """
     if dtype not in ("bf16", "bfloat16"):
         raise ConfigError(f"dequantize {dtype!r}; allowed: bf16")
-    files = ExpertFiles(model)
     beside.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside.resolve().parent, prefix=".plain-") as folder:
         dequantise(files, Path(folder))

@@ -82,6 +82,9 @@ def export_checkpoint(
     target = Path(directory)
     if target.resolve() == files.directory.resolve():
         raise ConfigError(f"export into {str(target)!r}, the model itself; allowed: another folder")
+    own = (target / "genotype.json").exists()  # an earlier export is written over
+    if not own and any(target.glob("*.safetensors")):
+        raise ConfigError(f"folder {str(target)!r} holds another model; allowed: an empty one")
     target.mkdir(parents=True, exist_ok=True)
     config, slots = new_config(files, plan)
     if plan.merge:

@@ -85,6 +85,8 @@ class PruningVariation:
         group: probability that a group of blocks is changed; at least one is.
         row: probability that an expert of such a group moves.
         crossover: probability that whole groups come from two parents.
+        single: probability that one group alone is changed, more often a late one: what stands
+            before it need not be computed again.
 
     Source: the released code of arXiv 2407.00945 (`released`). The defaults are ours, see the
     benchmark of a planted optimum.
@@ -93,12 +95,15 @@ class PruningVariation:
     group: float = 0.5
     row: float = 0.34
     crossover: float = 0.5
+    single: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.group <= 1 and 0 < self.row <= 1 and 0 <= self.crossover <= 1):
+        shares = (self.crossover, self.single)
+        rates = 0 < self.group <= 1 and 0 < self.row <= 1
+        if not (rates and all(0 <= share <= 1 for share in shares)):
             raise ConfigError(
-                f"group {self.group}, row {self.row}, crossover {self.crossover}; "
-                "allowed: in (0, 1], in (0, 1] and in [0, 1]"
+                f"group {self.group}, row {self.row}, crossover {self.crossover}, single "
+                f"{self.single}; allowed: in (0, 1] twice, in [0, 1] twice"
             )
 
     @staticmethod
@@ -112,6 +117,7 @@ class PruningVariation:
             "group": self.group,
             "row": self.row,
             "crossover": self.crossover,
+            **({"single": self.single} if self.single else {}),
         }
 
     def _sizes(self, space: Space) -> tuple[int, int, int, int]:
@@ -126,7 +132,7 @@ class PruningVariation:
 
     def width(self, space: Space) -> int:
         groups, parts, members, _ = self._sizes(space)
-        return 1 + 2 * groups + groups * parts * members * 2
+        return 2 + 2 * groups + groups * parts * members * 2
 
     def vary(
         self,
@@ -141,10 +147,14 @@ class PruningVariation:
         groups, parts, members, experts = self._sizes(space)
         n = len(u)
         first, second = self._members(space, a), self._members(space, b)
-        swap = (u[:, 1 : 1 + groups] < 0.5) & (u[:, :1] < self.crossover)
+        alone = u[:, 1] < self.single
+        swap = (u[:, 2 : 2 + groups] < 0.5) & (u[:, :1] < self.crossover) & ~alone[:, None]
         child = np.where(swap[:, :, None, None], second, first)
-        hit = some(u[:, 1 + groups : 1 + 2 * groups], min(1.0, self.group * strength))
-        block = u[:, 1 + 2 * groups :].reshape(n * groups * parts, 2 * members)
+        drawn = u[:, 2 + groups : 2 + 2 * groups]
+        hit = some(drawn, min(1.0, self.group * strength))
+        late = (np.sqrt(drawn[:, 0]) * groups).astype(np.int64)
+        hit = np.where(alone[:, None], np.arange(groups) == late[:, None], hit)
+        block = u[:, 2 + 2 * groups :].reshape(n * groups * parts, 2 * members)
         flat = child.reshape(n * groups * parts, members)
         other = moved(flat, experts, min(1.0, self.row * strength), block)
         other = other.reshape(child.shape)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from searchlab.errors import ConfigError
-from searchlab.experiments.zoo import characters, train_characters
+from searchlab.experiments.zoo import characters, characters_data, train_characters
 from searchlab.experiments.zoo.characters_data import (
     ALPHABET,
     KINDS,
@@ -66,7 +66,14 @@ def test_unknown_kinds_are_refused() -> None:
         characters.task_path("poems")
 
 
-def test_pieces_train_the_weights_of_one_piece(tmp_path: Path) -> None:
+def test_pieces_train_the_weights_of_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(kind: str, held_out: bool) -> str:  # to read the standard library takes a while
+        return " ".join(f"{kind} number {i} is written\nhere, {held_out}" for i in range(200))
+
+    monkeypatch.setattr(characters_data, "text", short)
+    monkeypatch.setattr(train_characters, "text", short)
     small = CharacterSettings(steps=4, rows=4, hidden=16, layers=1, heads=2, experts=4, width=8)
     assert train(small, tmp_path / "whole", asked=2)
     pieces = tmp_path / "pieces"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ from searchlab.experiments.experts import RECIPE, ExpertsOptions, build
 from searchlab.experiments.experts_judge import check_command, judge
 from searchlab.experiments.experts_setup import prepare
 from searchlab.experiments.zoo.characters import CHARACTERS, task_path
+from searchlab.population import Jobs
 from searchlab.recipes import load_recipe
 from searchlab.testing.tiny_moe import TINY_MOE, tiny_moe
+from searchlab.uniforms import uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +86,22 @@ def test_a_run_leaves_a_checkpoint_that_scores_as_in_the_search(tmp_path: Path) 
     result = json.loads((out / "result.json").read_text("utf-8"))
     assert result["counts"]["evaluations"] == 16
     names = {row["name"] for row in result["rows"] if row["kind"] == "baseline"}
-    assert names == {"frequency", "soft", "ean", "reap", "naee"}
+    # Rankings that keep the same experts are one candidate, under the name of the first.
+    assert "frequency" in names <= {"frequency", "soft", "ean", "reap", "naee"}
     model, said = AutoModelForCausalLM.from_pretrained(out / "export", output_loading_info=True)
     assert not said["missing_keys"]
     assert model.config.num_local_experts == 2
     genotype = json.loads((out / "export" / "genotype.json").read_text("utf-8"))
     assert all(len(row) == 2 for row in genotype["kept"].values())
     page = (out / "report.html").read_text("utf-8")
-    for text in ("random, mean of 3", "full", "tokens/s", "vllm serve", "Judged by the command"):
+    for text in (
+        "random, mean of 3",
+        "full",
+        "tokens/s",
+        "vllm serve",
+        "Judged by the command",
+        "naee",
+    ):
         assert text in page
 
     # The exported checkpoint, as one of somebody else's, gets the winner's values.
@@ -153,6 +165,22 @@ def test_the_paper_preset_makes_402_evaluations(tmp_path: Path) -> None:
     assert result.counts["failed"] == 0
     assert result.records is not None
     assert list(result.records.origin)[:31] == ["random"] * 31
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_evaluators_reach_worker_processes_as_their_options(tmp_path: Path, merge: bool) -> None:
+    task = few_items(tmp_path / "words.jsonl")
+    config = build(ExpertsOptions(task=str(task), keep="2", budget=20, merge=merge))
+    stage = config.stages[-1]
+    sent = pickle.dumps(stage.evaluator)
+    assert len(sent) < 4096
+    there = pickle.loads(sent)
+    space = stage.space
+    population = space.sample(uniforms(1, 0, 0, 3, space.sample_width))
+    jobs = Jobs(np.arange(3), population, space.keys(population))
+    assert there.identity() == stage.evaluator.identity()
+    here = stage.evaluator.evaluate(jobs).values
+    assert np.array_equal(there.evaluate(jobs).values, here)
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -48,7 +48,10 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     files = ExpertFiles(mxfp4(tmp_path / "base"))
     dequantise(files, tmp_path)
-    base, plain = (load_file(p / "model.safetensors") for p in (tmp_path / "base", tmp_path))
+    base, plain = {}, {}
+    for found, folder in ((base, tmp_path / "base"), (plain, tmp_path)):
+        for path in folder.glob("*.safetensors"):
+            found.update(load_file(path))
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     for layer in range(2):
         for part in ("gate_up_proj", "down_proj"):
@@ -88,7 +91,7 @@ def test_fp8_is_a_number_times_the_scale_of_its_block(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     with pytest.raises(ConfigError, match="--dequantize bf16"):
         apply(tmp_path / "plan.json", tmp_path / "base", tmp_path / "cut")
-    apply(tmp_path / "plan.json", tmp_path / "base", tmp_path / "cut", "bf16")
+    apply(tmp_path / "plan.json", tmp_path / "base", tmp_path / "cut", dequantize="bf16")
     cut = load_file(tmp_path / "cut" / "model.safetensors")
     kept = [name for name in wanted if int(name.split(".")[5]) < 3]
     assert all(torch.equal(cut[name], wanted[name]) for name in kept)
@@ -125,9 +128,16 @@ def test_a_plan_is_applied_to_another_model(tmp_path: Path) -> None:
         apply(tmp_path / "missing.json", tmp_path / "other", tmp_path / "no")
 
 
-def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
     from searchlab.cli import main
 
-    command = ["apply", "plan.json", str(tmp_path / "out"), "--model", str(tmp_path / "none")]
-    assert main([*command, "--recipe", "flasheval"]) == 2
+    plan = ExpertPlan("mixtral", (0, 1, 2), 8, 2, ((0, 3, 5), (1, 2, 7), (0, 1, 2)))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    command = ["apply", str(tmp_path / "plan.json"), str(tmp_path / "out"), "--model"]
+    assert main([*command, "zoo"]) == 0
+    assert str(tmp_path / "out" / "config.json") in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_local_experts"] == 3
+    assert main([*command, "zoo", "--recipe", "flasheval"]) == 2
     assert "not applied to files" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err

@@ -124,6 +124,24 @@ def test_fewer_active_experts_and_no_groups_are_stored(
     assert grouped == ("without groups" in (tmp_path / "README.md").read_text())
 
 
+def test_layers_after_the_last_are_left_out(bases: Any, tmp_path: Path) -> None:
+    resident, folder = bases["deepseek_v3"]
+    (tmp_path / "base").mkdir()
+    tensors = weights(folder)
+    for name, value in list(tensors.items()):
+        if name.startswith("model.layers.2."):
+            tensors[name.replace("layers.2.", "layers.3.")] = value.clone()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert layout_of_files(tmp_path / "base").total_bytes == layout_of_files(folder).total_bytes
+    export_checkpoint(tmp_path / "base", plan_of(resident, [[0, 1, 4, 5]] * 2), tmp_path / "cut")
+    assert not any(".layers.3." in name for name in weights(tmp_path / "cut"))
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+
+
 def test_layouts_of_files_have_the_bytes_that_are_there(bases: Any) -> None:
     resident, folder = bases["olmoe"]
     layout = layout_of_files(folder)
@@ -303,14 +321,14 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     tensors = {}
     for layer in range(2):
         head = f"model.layers.{layer}.mlp."
-        tensors[head + "experts.gate_up_proj"] = torch.zeros(32, 256, 1024)
-        tensors[head + "experts.down_proj"] = torch.zeros(32, 512, 256)
+        tensors[head + "experts.gate_up_proj"] = torch.zeros(32, 256, 512)
+        tensors[head + "experts.down_proj"] = torch.zeros(32, 256, 256)
         tensors[head + "router.weight"] = torch.zeros(32, 256)
         tensors[head + "router.bias"] = torch.zeros(32)
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     config = {"model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 32}
-    config |= {"hidden_size": 256, "intermediate_size": 512, "num_experts_per_tok": 4}
+    config |= {"hidden_size": 256, "intermediate_size": 256, "num_experts_per_tok": 4}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     code = (
         "import resource, sys\n"
@@ -329,8 +347,8 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert (tmp_path / "cut" / "model.safetensors").stat().st_size > 50e6
-    assert int(run.stdout) * 1024 < 8e6  # the largest tensor has 33.6e6 bytes
+    assert (tmp_path / "cut" / "model.safetensors").stat().st_size > 25e6
+    assert int(run.stdout) * 1024 < 6e6  # the largest tensor has 16.8e6 bytes
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -345,6 +363,11 @@ def test_plans_and_files_that_do_not_fit_are_refused(bases: Any, tmp_path: Path)
         export_checkpoint(folder, plan, tmp_path)
     with pytest.raises(ConfigError, match="the model itself"):
         export_checkpoint(folder, plan_of(resident, [[0, 1, 2]] * 2), folder)
+    kept = plan_of(resident, [[0, 1, 2]] * 2)
+    with pytest.raises(ConfigError, match="holds another model"):
+        export_checkpoint(folder, kept, bases["mixtral"][1])
+    for _ in range(2):  # an earlier export may be written over
+        export_checkpoint(folder, kept, tmp_path / "twice")
     with pytest.raises(DataError, match=r"no readable config\.json"):
         ExpertFiles(tmp_path)
     table = tuple(tuple(map(tuple, np.eye(8)[:3].tolist())) for _ in range(2))

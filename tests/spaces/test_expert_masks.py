@@ -205,3 +205,26 @@ def test_masks_that_do_not_fit_are_refused(models: dict[str, Any]) -> None:
             resident.masked(full, torch.tensor([0, 1])).__enter__()
         with pytest.raises(ConfigError, match="33 tokens for 2 rows"):
             logits(resident.model, tokens())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_masks_are_served_by_one_compilation(count: int) -> None:
+    import torch._dynamo
+
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_moe("mixtral")
+    model.set_experts_implementation("batched_mm")  # the others look at the data
+    resident = ResidentExperts(model)
+    fast = torch.compile(model, backend=backend)
+    ids = tokens(4, rows=2)
+    for seed in range(4):
+        masks = random_masks(resident, 4, count, seed)
+        with resident.masked(masks, torch.arange(2) % count), torch.no_grad():
+            assert torch.equal(fast(ids).logits, model(ids).logits)
+    assert len(compiled) == 1

@@ -214,6 +214,17 @@ def test_pruning_children_keep_the_space() -> None:
             assert pair.equals(wanted)
 
 
+def test_one_late_group_alone_may_change() -> None:
+    space = pruning_space(LAYOUT, keep=4)
+    variation = PruningVariation(single=1.0, row=1.0)
+    a, b = random_population(space, 2000), random_population(space, 2000, seed=1)
+    child = variation.vary(space, a, b, uniforms(6, 0, 0, 2000, variation.width(space)))
+    changed = (space.masks(child) != space.masks(a)).any(axis=2)
+    assert changed.sum(axis=1).max() == 1
+    share = changed.sum(axis=0) / changed.sum()
+    assert np.abs(share - np.array([1, 3, 5, 7]) / 16).max() < 0.03
+
+
 def test_merging_children_have_the_published_rates() -> None:
     space = merging_space(LAYOUT, keep=4, groups=4, router_mode="prob")
     a = random_population(space, 3000)

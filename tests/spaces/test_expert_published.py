@@ -59,7 +59,10 @@ class Evil:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
-        ([1, 2], "no dictionary with 'others'"),
+        ([1, 2], "cannot be read: holds the instruction EMPTY_LIST"),
+        ({"a": torch.ones(2, 8)}, "no dictionary with 'others'"),
+        ({"others": torch.ones(2, 8).double()}, "holds the instruction GLOBAL"),
+        ({"others": torch.ones(8, 2).T}, "with strides"),
         ({"others": torch.ones(2, 8), "others_transfer": torch.ones(3, 8)}, "no matrix of"),
         ({"others": torch.ones(2, 8), "others_transfer": torch.ones(2, 8)}, "equal size"),
         (
