@@ -136,7 +136,9 @@ def _unpacked(tensor: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]
         table = torch.tensor([*_FP4, *(-value for value in _FP4)])
         blocks, powers = _read(tensor), _read(scale).int() - 127
         out = torch.empty(tensor.shape[0], tensor.shape[2] * 32, tensor.shape[1]).bfloat16()
-        for expert, (block, power) in enumerate(zip(blocks, powers, strict=True)):
+        for expert, (block, power) in enumerate(
+            zip(blocks.unbind(0), powers.unbind(0), strict=True)
+        ):
             pairs = torch.stack([block & 15, block >> 4], dim=-1).int()
             numbers = torch.ldexp(table[pairs].flatten(2), power[..., None])
             out[expert] = numbers.flatten(1).T
