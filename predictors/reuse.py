@@ -33,6 +33,7 @@ from searchlab.space import Space
 __all__ = ["PREDICTED", "Earlier", "Warm", "with_prediction"]
 
 Floats = NDArray[np.float64]
+_ODDS = 19.0  # that what somebody chose to begin with is of use
 _EARLIER = "earlier:predicted"  # no name of an evaluator's signal
 State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
@@ -228,7 +229,7 @@ class Warm:
         if self.frozen and self.earlier is not None:
             self._scale(self.earlier, table, losses, pool)
         else:
-            refined = Refined(prior=_EARLIER, make=self._make)
+            refined = Refined(prior=_EARLIER, make=self._make, odds=_ODDS)
             wide = None if pool is None else self._wide(pool)
             refined.fit(self._wide(table), losses, seed=seed, pool=wide)
             self.refined = refined

@@ -27,7 +27,7 @@ PREDICTED = "predicted"  # name of the signal that holds the old scores
 SLOPE, SLOPE_SD, NOISE = 0.9, 0.2, 0.3  # of normal scores of new losses in those of old scores
 FEW = 5  # labels that say nothing about which answer is better
 _WORTH = 60.0  # labels' worth of belief that the old order needs no correction
-_ODDS = 9.0  # that the old predictor is of use, before any label is seen
+_ODDS = 9.0
 
 
 class Refined:
@@ -42,7 +42,7 @@ class Refined:
       predictor.
     - a fit from scratch that knows nothing of the old scores.
 
-    The odds between them are a priori `_ODDS`, and follow what either says of labels held out; an
+    The odds between them are `odds` a priori, and follow what either says of labels held out; an
     old predictor that does not fit is left aside within a few labels.
 
     Where the predictor behind both cannot tell what it says of labels held out, there is no
@@ -52,6 +52,7 @@ class Refined:
         prior: name of the signal.
         new: name of the predictor of the correction and of the fit from scratch.
         make: makes those; None = as `new` says.
+        odds: that the old predictor is of use, before any label is seen.
     """
 
     name: ClassVar[str] = "refined"
@@ -62,8 +63,9 @@ class Refined:
         prior: str = PREDICTED,
         new: str = "stack",
         make: Callable[[], Predictor] | None = None,
+        odds: float = _ODDS,
     ) -> None:
-        self.prior = prior
+        self.prior, self._odds = prior, odds
         self._make: Callable[[], Any] = make or resolve(PREDICTORS, new, "predictor")
         self.fresh: Any = self._make()
         self.left: Any = None
@@ -118,7 +120,7 @@ class Refined:
             self.share = float(np.clip(found, 0.0, 1.0)) * n / (n + _WORTH)
             warm = warm + self.share * said
         self._error = float(np.sqrt((((targets - warm) ** 2).sum() + 2.0) / (n + 2.0)))
-        odds = np.log(_ODDS)
+        odds = np.log(self._odds)
         if n >= LEAST and self._unseen is not None:
             # A few labels are foreseen by chance.
             odds += max(0, n - FEW) / 2 * (_doubt(self._unseen, targets) - _doubt(warm, targets))

@@ -178,12 +178,10 @@ def few_gp(bench: Bench) -> None:
 
 def _few(bench: Bench, searches: Sequence[tuple[str, str]]) -> None:
     """Cases of all searches; the last one has the aims, auto beside the first or the last."""
-    tasks: list[Callable[[int], Task]] = [landscape]
+    tasks: list[Callable[[int], Task]] = [landscape] if bench.quick else [mixture, landscape]
     evaluator = bench.evaluator
     if evaluator is not None:
         tasks.append(lambda seed: cells(evaluator, signals=evaluator))
-    if not bench.quick:
-        tasks.append(mixture)
     seeds = bench.seeds(15, 1)
     most = 30 if bench.quick else max(FEW)
     marks = [mark for mark in FEW if mark <= most]

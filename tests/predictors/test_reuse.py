@@ -50,7 +50,7 @@ def fitted(n: int, *, seed: int = 1) -> tuple[Earlier, Space]:
 def test_few_labels_do_not_overrule_a_good_predictor(n: int) -> None:
     earlier, space = fitted(150)
     fresh, truth = labelled(space, 400, first=2000, signals=2)
-    table, losses = labelled(space, n, first=1000, signals=2, noise=0.7)
+    table, losses = labelled(space, n, first=1000, signals=2, noise=1.0)
     warm, cold = Warm(earlier, make=small), small()
     warm.fit(table, losses, seed=0)
     cold.fit(table, losses, seed=0)
