@@ -197,6 +197,7 @@ def calibrate(
         own.correction = None if correction is None else correction.detach().clone()
 
     full = np.ones((1, *shape), dtype=bool)
+    forward.forget()  # every block has to be computed to be seen
     forward.observe = observe
     try:
         for _ in forward.sweep(batches, full):

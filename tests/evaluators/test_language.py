@@ -585,6 +585,7 @@ def test_static_figures_are_shown_beside_measured_ones() -> None:
     forward = evaluator.forward
     assert isinstance(forward, LayeredForward)
     batches = evaluator.batches()
+    evaluator.base("search")  # what it remembers must not hide blocks from the calibration
     part = evaluator.problem.part("search")
     few = few_prompts(
         forward,
