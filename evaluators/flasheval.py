@@ -194,7 +194,11 @@ class FlashEval(TableEvaluator):
 
     def identity(self) -> Mapping[str, Any]:
         """See `Evaluator.identity`."""
-        own = {"dataset": self.dataset, "metric": self.metric, "pilot": self.pilot}
+        own: dict[str, object] = {
+            "dataset": self.dataset,
+            "metric": self.metric,
+            "pilot": self.pilot,
+        }
         if self._beside is not None:
             own["elsewhere"] = _other(self.dataset)
         return {**super().identity(), **own, "prompts": list(self.prompts), "seed": self.seed}

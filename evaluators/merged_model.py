@@ -154,7 +154,7 @@ class FunctionScore:
     The function is called as f(state) or, where it needs a second argument, f(state, seed): the
     seed (0 to 2**31 - 1) is another one for every replicate of the search, selection and report
     splits, and the same for all candidates. With `model` it gets the module instead, with the
-    weights loaded strictly.
+    weights loaded strictly (tensors that are tied to others may be missing, as trainers save them).
 
     Args:
         function: returns one number, or one per objective.
@@ -248,8 +248,19 @@ class FunctionScore:
             self._module = made.eval()
         with torch.no_grad():
             try:
-                self._module.load_state_dict(dict(state), strict=True)
+                found = self._module.load_state_dict(dict(state), strict=False)
             except RuntimeError as error:
                 text = " ".join(str(error).split())[:300]
                 raise DataError(f"the checkpoints are not of the model: {text}") from None
+        missing = found.missing_keys
+        if missing:  # trainers leave out tensors that are tied to others
+            held = self._module.state_dict()
+            there = {held[name].data_ptr() for name in state if name in held}
+            missing = [name for name in missing if held[name].data_ptr() not in there]
+        for word, names in (("lack", missing), ("have", found.unexpected_keys)):
+            if names:
+                rest = f" and {len(names) - 1} more" * (len(names) > 1)
+                raise DataError(
+                    f"the checkpoints are not of the model: they {word} {names[0]!r}{rest}"
+                )
         return self._module

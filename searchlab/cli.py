@@ -66,11 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.formatwarning = before
 
 
-def _warning_text(message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _warning_text(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
     """Our warnings in one line like errors, without a place in the source."""
     if issubclass(category, SearchlabWarning):
         return f"searchlab: {message}\n"
-    filename, lineno, *_ = place
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 

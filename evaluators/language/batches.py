@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,6 @@ MIN_ROWS = 16  # rows of a matrix from which on a CPU's result does not depend o
 # Numbers that a CPU's functions take at a time: what is left over may get other last bits, so
 # that rows and columns of batches are filled up.
 LANES = 32
-_COLUMNS, _ROWS = 8, 4
 
 Tokens = tuple[int, ...]
 
@@ -120,19 +120,6 @@ class _Row:
                 self.depths.append(depth)
             parent = node
 
-    def new(self, sequences: Sequence[Tokens]) -> int:
-        """How many tokens these would add, at most (those shared among them count twice)."""
-        return sum(len(sequence) - self.shared(sequence) for sequence in sequences)
-
-    def shared(self, sequence: Tokens) -> int:
-        parent = -1
-        for depth, token in enumerate(sequence):
-            node = self.children.get((parent, token))
-            if node is None:
-                return depth
-            parent = node
-        return len(sequence)
-
     def path(self, sequence: Tokens) -> list[int]:
         out, parent = [], -1
         for token in sequence:
@@ -222,33 +209,68 @@ def _plain(by_item: Mapping[int, list[Query]]) -> list[_Unit]:
 
 
 def _packed(by_item: Mapping[int, list[Query]], balance: int, most: int) -> list[_Unit]:
+    """Items that begin alike in as few rows as are cheapest, filled evenly."""
     units: list[_Unit] = []
+    run: list[list[Query]] = []
+    shared = 0  # tokens that all items of the run begin with
     for own in sorted(by_item.values(), key=lambda own: own[0].context):
-        fed = sorted({query.fed for query in own})
-        row = units[-1].rows[0] if units else None
-        shared = 0 if row is None else row.shared(own[0].context)
-        # A row of R tokens costs R * balance + R * R and holds a number of items that goes with
-        # R - shared: this R is the cheapest per item.
-        best = shared + math.sqrt(shared * (shared + balance))
-        if (
-            row is None
-            or 2 * shared < len(own[0].context)
-            or len(row.tokens) + row.new(fed) > min(best, most)
-        ):
-            row = _Row.empty()
-            units.append(_Unit([row], []))
-        for sequence in fed:
-            row.add(sequence)
-        units[-1].queries.extend((query, 0) for query in own)
+        context = own[0].context
+        alike = _alike(run[0][0].context, context) if run else 0
+        if run and 2 * min(alike, shared) >= max(len(context), len(run[0][0].context)):
+            shared = min(alike, shared)
+        else:
+            units += _rows_of(run, shared, balance, most)
+            run, shared = [], len(context)
+        run.append(own)
+    return units + _rows_of(run, shared, balance, most)
+
+
+def _alike(one: Tokens, other: Tokens) -> int:
+    """With how many equal tokens two sequences begin."""
+    pairs = zip(one, other, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _rows_of(run: Sequence[list[Query]], shared: int, balance: int, most: int) -> list[_Unit]:
+    """Rows for items of which all begin with the same `shared` tokens."""
+    sizes = []
+    for own in run:
+        row = _Row.empty()
+        for query in own:
+            row.add(query.fed)
+        sizes.append(max(1, len(row.tokens) - shared))
+    # A row of R tokens costs R * balance + R * R and holds a number of items that goes with
+    # R - shared: this R is the cheapest per item.
+    best = shared + math.sqrt(shared * (shared + balance))
+    room = max(1.0, min(best, most) - shared)
+    each = sum(sizes) / max(1, math.ceil(sum(sizes) / room))
+    units: list[_Unit] = []
+    filled = 0.0
+    for own, size in zip(run, sizes, strict=True):
+        if not units or filled + size / 2 > each * len(units):
+            units.append(_Unit([_Row.empty()], []))
+        filled += size
+        for query in own:
+            units[-1].rows[0].add(query.fed)
+            units[-1].queries.append((query, 0))
     return units
+
+
+def _filled(rows: int, size: int) -> tuple[int, int]:
+    """Rows and columns, as few numbers as possible, that leave no lanes over."""
+    shapes = []
+    for count in range(rows, rows + 8):
+        step = LANES // math.gcd(count, LANES)
+        shapes.append((count, max(-(-size // step) * step, -(-MIN_ROWS // step) * step)))
+    return min(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def _batch(units: Sequence[_Unit], pad: int) -> Batch:
     rows = [row for unit in units for row in unit.rows]
-    size = max(MIN_ROWS, -(-max(len(row.tokens) for row in rows) // _COLUMNS) * _COLUMNS)
+    count, size = _filled(len(rows), max(len(row.tokens) for row in rows))
     tree = not all(row.chain for row in rows)
     used = len(rows)
-    rows = rows + [rows[-1]] * (-used % _ROWS)
+    rows = rows + [rows[-1]] * (count - used)
     ids = torch.full((len(rows), size), pad, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     mask = (
@@ -268,9 +290,11 @@ def _batch(units: Sequence[_Unit], pad: int) -> Batch:
         if not tree:
             mask[number, start:] = 1
             continue
+        sees = np.eye(size, dtype=bool)
         for node, parent in enumerate(row.parents):
             if parent >= 0:
-                mask[number, node] |= mask[number, parent]
+                sees[node, : parent + 1] |= sees[parent, : parent + 1]
+        mask[number] = torch.from_numpy(sees)
     queries: list[Query] = []
     found: list[tuple[int, int, int, int]] = []  # row, column, target token, query
     first = 0

@@ -345,6 +345,7 @@ def experts_evaluator(
     else:
         forward.active, forward.flat = routing["active"], bool(routing["flat"])
         forward.router_mode = str(routing["router_mode"])
+        forward.forget()
     prompts = _prompts(model, prompts, tokenizer)
     if masks is None:
         from searchlab.spaces.experts.space import kept

@@ -46,7 +46,8 @@ class LanguageScore:
         name: str,
         version: int = 1,
     ) -> None:
-        self._made: Any = model if hasattr(model, "load_state_dict") else model()
+        given: Any = model
+        self._made: Any = given if hasattr(given, "load_state_dict") else given()
         self._made.eval()
         self.name = name
         self.version = version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from searchlab.population import Jobs, Population
 from searchlab.search import run
 from searchlab.uniforms import uniforms
 
-__all__ = ["few", "half", "predictor", "quarter", "reported"]
+__all__ = ["TASKS", "few", "half", "predictor", "quarter"]
 
 POINT = 0.01
 RANDOM = 30
@@ -80,7 +81,7 @@ def search(options: ExpertsOptions) -> tuple[Loaded, Any, float]:
 
 
 def _tables(journal: Journal, quick: bool, *, keep: str, strict: bool) -> None:
-    tasks = ("reversal",) if quick else TASKS
+    tasks = _tasks(journal, quick)
     seeds = (0,) if quick else (0, 1, 2)
     budget = 24 if quick else 120
     for task in tasks:
@@ -135,9 +136,14 @@ def _tables(journal: Journal, quick: bool, *, keep: str, strict: bool) -> None:
         )
 
 
+def _tasks(journal: Journal, quick: bool) -> Sequence[str]:
+    named: Sequence[str] | None = journal.options.task
+    return named or (("reversal",) if quick else TASKS)
+
+
 def few(journal: Journal, quick: bool, folder: Path) -> None:
     """40 evaluations in all, rankings among them: not worse than REAP on the report items."""
-    tasks = ("reversal",) if quick else TASKS
+    tasks = _tasks(journal, quick)
     seeds = (0,) if quick else (0, 1, 2, 3, 4)
     for task in tasks:
         rows = []

@@ -1,6 +1,7 @@
 """Pruning and merging experts: exactness, planted answers, searches on a trained model.
 
     python -m searchlab.experiments.benchmarks.eep [--quick] [--check] [--out F] [--only PART]
+        [--task NAME]
 
 Parts: `exact` (seven families: masks, cut models and files loaded again, all to the bit),
 `operators` (the released rates; merges are linear), `merging` (a planted merge: what is left of the
@@ -45,6 +46,7 @@ PARTS = tuple(_RUNS)
 
 def _parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part; repeatable")
+    parser.add_argument("--task", choices=zoo.TASKS, action="append", help="only this task of zoo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

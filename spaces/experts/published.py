@@ -178,6 +178,9 @@ def _interpreted(text: bytes, storage: Callable[[str], NDArray[np.float32]]) -> 
             case "REDUCE":
                 values, name = stack.pop(), stack.pop()
                 stack.append(_called(name, values))
+            case "SETITEM":
+                item = stack.pop()
+                stack[-2][stack.pop()] = item
             case "SETITEMS":
                 items = above_mark()
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))

@@ -48,6 +48,19 @@ from searchlab.testing.executor import (
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture(scope="session")
+def started_head() -> Iterator[tuple[str, ray_nodes.Node]]:
+    """A cluster that all tests share."""
+    with ray_nodes.head("--num-gpus", "2", cpus=12) as both:
+        yield both
+
+
+@pytest.fixture(scope="session")
+def cluster(started_head: tuple[str, ray_nodes.Node]) -> str:
+    """Its address."""
+    return started_head[0]
+
+
 @pytest.fixture(scope="module")
 def shared(cluster: str) -> Iterator[RayExecutor]:
     """One for many tests."""
@@ -313,7 +326,7 @@ def devices(a: int, b: int) -> float:
 
 def test_devices_are_shared_or_taken_whole(cluster: str) -> None:
     seen = {}
-    for gpus, workers in ((0.5, 2), (2, None)):
+    for gpus, workers in ((0.5, None), (2, None)):
         executor = RayExecutor(workers=workers, address=cluster, gpus=gpus)
         executor.start((FunctionEvaluator(devices, chunk_space()),))
         seen[gpus] = executor.workers, executor.devices()
@@ -321,7 +334,7 @@ def test_devices_are_shared_or_taken_whole(cluster: str) -> None:
         (done,) = collect(executor, 1)
         executor.close()
         seen[gpus] += (float(done.evaluations.values[0, 0]),)
-    assert seen[0.5][:2] == (2, {"gpu": 2})
+    assert seen[0.5][:2] == (4, {"gpu": 4})
     assert seen[0.5][2] in (0.0, 1.0)
     assert seen[2] == (1, {"gpu": 1}, 0.1)
 

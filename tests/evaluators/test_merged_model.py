@@ -238,3 +238,23 @@ def test_generators_of_the_splits_differ(bank: CheckpointBank, space: Checkpoint
     assert len(set(seen)) == len(places)
     score.score({}, 0, REPORT_REPLICATE)
     assert seen[-1] == seen[3]
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer too, as language models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_tensors_may_be_missing_and_no_others() -> None:
+    score = FunctionScore(lambda model: float(model.head.weight.detach().sum()), "sum", model=Tied)
+    weights = torch.arange(15.0).view(5, 3)
+    assert score.score({"embed.weight": weights}, 0, 0)[0] == [105.0]
+    with pytest.raises(DataError, match=r"they lack 'embed.weight' and 1 more"):
+        score.check({})
+    with pytest.raises(DataError, match="they have 'more'"):
+        score.check({"embed.weight": weights, "more": weights})

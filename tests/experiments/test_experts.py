@@ -105,8 +105,6 @@ def test_a_run_leaves_a_checkpoint_that_scores_as_in_the_search(tmp_path: Path) 
         assert text in page
 
     # The exported checkpoint, as one of somebody else's, gets the winner's values.
-    again = tmp_path / "again"
-    again.mkdir()
     config = build(
         ExpertsOptions(
             task=str(task), keep="25%", budget=2, random=0, baseline=(f"mine={out / 'export'}",)
@@ -142,14 +140,20 @@ def test_the_recipe_serves_every_family(tmp_path: Path, name: str) -> None:
 
 
 def test_merging_never_ends_below_the_pruned_model_on_the_search_items(tmp_path: Path) -> None:
+    from searchlab.search import run as search
+
     task = few_items(tmp_path / "words.jsonl", 8)
-    options = ["--task", str(task), "--keep", "2", "--budget", "30", "--metric", "perplexity"]
-    out = run(tmp_path, *options, "--merge", "--random", "2")
-    result = json.loads((out / "result.json").read_text("utf-8"))
-    assert result["counts"]["evaluations"] >= 30
-    page = (out / "report.html").read_text("utf-8")
-    assert "pruned and merged" in page
-    assert (out / "export" / "genotype.json").is_file()
+    config = build(
+        ExpertsOptions(task=str(task), keep="2", budget=30, metric="perplexity", merge=True)
+    )
+    result = search(config)
+    records = result.records
+    assert records is not None
+    pruned = records.values[records.stage == 0, 0]
+    winner = result.groups[-1].winner
+    assert winner is not None
+    assert winner.search <= np.nanmin(pruned) * (1 + 1e-4)  # passes of other shapes: last bits
+    assert result.counts["evaluations"] == 30
 
 
 def test_the_paper_preset_makes_402_evaluations(tmp_path: Path) -> None:
@@ -264,8 +268,7 @@ def test_wrong_items_and_models_are_named_before_the_model_is_loaded(
     (dense / "tokenizer.json").write_bytes(tokenizer)
     settings = json.loads((CHARACTERS / "tokenizer_config.json").read_text("utf-8"))
     (dense / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-    config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1}
-    (dense / "config.json").write_text(json.dumps(config), "utf-8")
+    (dense / "config.json").write_text(json.dumps({"model_type": "llama"}), "utf-8")
     assert "dense" in refused(monkeypatch, model=str(dense), task=task)
 
     del settings["pad_token"]

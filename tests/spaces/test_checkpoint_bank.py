@@ -312,7 +312,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
 
 def test_too_few_checkpoints(tmp_path: Path) -> None:
     (path,) = write(tmp_path, k=1)
-    with pytest.raises(ConfigError, match=r"1 checkpoints.*two or more"):
+    with pytest.raises(ConfigError, match=r"1 checkpoint at.*two or more"):
         find_checkpoints([path])
     with pytest.raises(ConfigError, match="no checkpoint at"):
         find_checkpoints([tmp_path / "nothing-*"])
