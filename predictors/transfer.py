@@ -28,6 +28,7 @@ SLOPE, SLOPE_SD, NOISE = 0.9, 0.2, 0.3  # of normal scores of new losses in thos
 FEW = 5  # labels that say nothing about which answer is better
 _WORTH = 60.0  # labels' worth of belief that the old order needs no correction
 _ODDS = 9.0
+_TEMPER = 0.5  # of the evidence of labels held out
 
 
 class Refined:
@@ -122,8 +123,10 @@ class Refined:
         self._error = float(np.sqrt((((targets - warm) ** 2).sum() + 2.0) / (n + 2.0)))
         odds = np.log(self._odds)
         if n >= LEAST and self._unseen is not None:
-            # A few labels are foreseen by chance.
-            odds += max(0, n - FEW) / 2 * (_doubt(self._unseen, targets) - _doubt(warm, targets))
+            # A few labels are foreseen by chance, and the others are not independent: all were
+            # held out of fits that share most of their labels. So each counts half.
+            likely = max(0, n - FEW) / 2 * (_doubt(self._unseen, targets) - _doubt(warm, targets))
+            odds += _TEMPER * likely
         self.belief = float(1 / (1 + np.exp(-np.clip(odds, -30, 30))))
         if n >= LEAST:
             fresh = warm if self._unseen is None else self._unseen
