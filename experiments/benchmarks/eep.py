@@ -6,10 +6,11 @@
 Parts: `exact` (seven families: masks, cut models and files loaded again, all to the bit),
 `operators` (the released rates; merges are linear), `merging` (a planted merge: what is left of the
 divergence), `racing` (stopping early changes no winner), `planted` (one of 400 subsets is the only
-best one: how often is it found, how soon), `half`, `quarter` (the bundled character model, four
-tasks: found subsets beside the full model, random ones and known rankings, on items that nothing
-was chosen by), `few` (40 evaluations in all, against REAP), `predictor` (half of the evaluations
-with a predictor), `gpu` (a random Mixtral of 60 GB: candidates, merges, sizes; needs a device).
+best one: how often is it found, how soon), `speed` (against rebuilding, generating and scoring, on
+two models), `half`, `quarter` (the bundled character model, four tasks: found subsets beside the
+full model, random ones and known rankings, on items that nothing was chosen by), `few` (40
+evaluations in all, against REAP), `predictor` (half of the evaluations with a predictor), `gpu` (a
+random Mixtral of 60 GB: candidates, merges, sizes; needs a device).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from searchlab.experiments.benchmarks import _eep_zoo as zoo
 from searchlab.experiments.benchmarks._common import Journal, flags
 from searchlab.experiments.benchmarks._eep_gpu import gpu
 from searchlab.experiments.benchmarks._eep_planted import planted
+from searchlab.experiments.benchmarks._eep_speed_cases import speed
 
 _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
     "exact": items.exact,
@@ -35,6 +37,7 @@ _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
     "merging": items.merging,
     "racing": items.racing,
     "planted": planted,
+    "speed": speed,
     "half": zoo.half,
     "quarter": zoo.quarter,
     "few": zoo.few,
