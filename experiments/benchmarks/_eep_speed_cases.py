@@ -46,7 +46,8 @@ def speed(journal: Journal, quick: bool, folder: Path) -> None:
 def _last_digits(n: int) -> tuple[list[Item], str]:
     """Sums without their last digit, to be chosen among all, and worked examples."""
     task = read_task(task_path("arithmetic"))
-    texts = [f"{item.prompt}{item.options[item.answer]}" for item in task.of("report")]
+    right = [(item, item.answer) for item in task.of("report")]
+    texts = [f"{item.prompt}{item.options[n]}" for item, n in right if n is not None]
     items = [Item(text[:-1], DIGITS, int(text[-1])) for text in texts[SHOTS : SHOTS + n]]
     return items, "".join(f"{text}\n" for text in texts[:SHOTS])
 

@@ -8,8 +8,8 @@ first start to the last end; `steady` is the share of the workers' time that was
 evaluations up to the last start, without the end at which nothing is left to begin;
 `limit_of_the_lag` is what the order of results leaves if nothing else takes time. Ray Tune runs the
 same sleeping candidates in the same process. The last cases use real nodes (`ray start`): solver
-schedules are searched on two, with the trace held against that of worker processes, and 20 runs
-lose a worker, a node or their driver.
+schedules are searched on two, with the trace held against that of worker processes, 20 runs lose
+a worker, a node or their driver, and for five minutes runs go on while their workers are killed.
 
 The long form takes a quarter of an hour on a machine with nothing else to do; with `--part NAMES
 --out FILE --join` it is run piece by piece into one file. `--quick` has fewer workers, shorter
@@ -40,6 +40,7 @@ from searchlab.evaluator import FunctionEvaluator
 from searchlab.executors import Chunk, Executor, RayExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
 from searchlab.experiments.benchmarks._distributed_kills import run_kills
+from searchlab.experiments.benchmarks._distributed_soak import run_soak
 from searchlab.experiments.benchmarks._distributed_tune import run_tune
 from searchlab.population import Evaluations, Jobs
 from searchlab.records import Records
@@ -356,7 +357,7 @@ def _shares(records: Records) -> dict[str, int]:
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-PARTS = ("busy", "tails", "cheap", "driver", "tune", "nodes", "kills")
+PARTS = ("busy", "tails", "cheap", "driver", "tune", "nodes", "kills", "soak")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -371,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("tune", "ray tune, uniform times", lambda: _tune(journal)),
         ("nodes", "solver schedules on two nodes", lambda: _room(journal, 200)),
         ("kills", "runs with a kill each", lambda: run_kills(journal, 20)),
+        ("soak", "soak", lambda: run_soak(journal, 300.0)),
     )
     for part, name, case in elsewhere:
         if part in options.part:
