@@ -113,7 +113,7 @@ def read_damaged(path: Path) -> Salvage:
         for attempt in (_read, _read_with_new_head):
             try:
                 found = attempt(copy)
-            except (sqlite3.Error, OSError):
+            except (sqlite3.Error, UnicodeDecodeError, OSError):
                 continue
             if found.records:
                 break
@@ -137,7 +137,7 @@ def _read(path: Path) -> Salvage:
                         isinstance(v, kind) for v, kind in zip(row, columns.values(), strict=True)
                     ):
                         kept.setdefault(row[:keys] if keys > 1 else row[0], row)
-            except sqlite3.Error:
+            except (sqlite3.Error, UnicodeDecodeError):
                 continue  # a table that is not there
         for run, *record in _scan(connection, "records", ("run", *ROW_COLUMNS)):
             if isinstance(run, int) and _is_sound(record):
@@ -175,7 +175,7 @@ def _scan(connection: sqlite3.Connection, table: str, columns: tuple[str, ...]) 
     def readable(after: int) -> bool:
         try:
             connection.execute(f"{statement} LIMIT 1", (after,)).fetchall()
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):  # its own message may be damaged text
             return False
         return True
 
@@ -188,7 +188,7 @@ def _scan(connection: sqlite3.Connection, table: str, columns: tuple[str, ...]) 
                 last = rowid
                 yield tuple(row)
             return
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             # Looks ahead in growing steps, then goes back to the first place that can be read.
             step = 1
             while not readable(last + step):

@@ -305,7 +305,7 @@ def test_no_process_outlives_the_driver(tmp_path: Path, how: signal.Signals) -> 
         pids = [int(pid) for pid in log.read_text().split()]
         assert all(map(alive, pids))
         os.killpg(driver.pid, how)  # as a terminal does it
-        out, err = driver.communicate(timeout=30)
+        out, err = driver.communicate(timeout=120)
     finally:
         driver.kill()
     assert until(lambda: not any(map(alive, pids)), 10)

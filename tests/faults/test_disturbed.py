@@ -158,7 +158,8 @@ def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: A
     assert number >= 2
     assert after[0] <= before[0]
     assert after[1] <= before[1]
-    assert after[2:] == before[2:]
+    assert after[2] <= before[2]
+    assert set(after[3]) <= set(before[3])
 
 
 # -- memory -------------------------------------------------------------------------------------
