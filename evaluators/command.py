@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,12 @@ from typing import Any, ClassVar, Literal
 from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Fidelity, Objective, Signal
 from searchlab.evaluators._command_process import Commands, Ended
+from searchlab.evaluators._placeholders import (
+    check_placeholders,
+    filled,
+    has_placeholder,
+    words_of,
+)
 from searchlab.external import Outcome, load_json, plan_rows, read_result, to_evaluations
 from searchlab.outcomes import Constraint
 from searchlab.population import Evaluations, Jobs
@@ -30,7 +35,6 @@ __all__ = ["AGAIN", "PLACEHOLDERS", "CommandEvaluator"]
 AGAIN = 75  # the exit code that asks for another attempt (EX_TEMPFAIL)
 PLACEHOLDERS = ("plan", "out", "fidelity", "seed", "id")
 MAX_RESULT_BYTES = 64 * 2**20
-_MARK = re.compile(r"\{\{([a-z_]+)\}\}|(?<!\$)\{([a-z_]+)\}")
 
 
 @dataclass
@@ -115,26 +119,9 @@ class CommandEvaluator:
     def _check_command(self) -> None:
         if "\0" in self.command:
             raise ConfigError("the command holds a NUL character")
-        found = [match[2] for match in _MARK.finditer(self.command) if match[2]]
-        for name in found:
-            if name not in self.placeholders:
-                known = " ".join(f"{{{p}}}" for p in self.placeholders)
-                raise ConfigError(
-                    f"placeholder {{{name}}} in the command; allowed: {known} "
-                    f"({{{{{name}}}}} stands for the word in braces itself)"
-                )
-        for name in self.required:
-            if name not in found:
-                raise ConfigError(f"the command {self.command!r} does not use {{{name}}}")
+        check_placeholders(self.command, self.placeholders, self.required)
         if not self.by_shell:
-            self._arguments()
-
-    def _arguments(self) -> list[str]:
-        try:
-            parts = shlex.split(self.command)
-        except ValueError as error:
-            raise ConfigError(f"command {self.command!r} cannot be split: {error}") from None
-        return parts
+            words_of(self.command)
 
     # -- the protocol ----------------------------------------------------------------------
 
@@ -148,8 +135,8 @@ class CommandEvaluator:
             raise EvaluationError("the command evaluator needs a POSIX system")
         if self.by_shell:
             return
-        program = self._arguments()[0]
-        if not _MARK.search(program) and shutil.which(program) is None:
+        program = words_of(self.command)[0]
+        if not has_placeholder(program) and shutil.which(program) is None:
             raise EvaluationError(
                 f"command {program!r} is not found; allowed: a program of the PATH or a path to an "
                 "executable file (with --shell: what /bin/sh knows)"
@@ -241,13 +228,9 @@ class CommandEvaluator:
 
     def _filled(self, marks: Mapping[str, str]) -> list[str] | str:
         """The command with its placeholders filled in."""
-
-        def fill(quote: Callable[[str], str]) -> Callable[[re.Match[str]], str]:
-            return lambda match: quote(marks[match[2]]) if match[2] else f"{{{match[1]}}}"
-
         if self.by_shell:
-            return _MARK.sub(fill(shlex.quote), self.command)
-        return [_MARK.sub(fill(str), part) for part in self._arguments()]
+            return filled(self.command, marks, shlex.quote)
+        return [filled(part, marks) for part in words_of(self.command)]
 
     def _outcome(self, ended: Ended, out: Path, stderr: Path) -> Outcome:
         if ended.fault:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from searchlab.errors import ConfigError, DataError
+from searchlab.errors import DataError
 from searchlab.evaluators._command_process import Commands
+from searchlab.evaluators._placeholders import check_placeholders, filled, words_of
 from searchlab.external import load_json
 
 __all__ = ["Judgement", "check_command", "judge"]
 
-_MARK = re.compile(r"\{\{([a-z_]+)\}\}|(?<!\$)\{([a-z_]+)\}")
 _KNOWN = ("export", "out", "name")
 _MOST_BYTES = 64 * 2**20
 _OUTPUT = 2**16
@@ -42,19 +40,8 @@ class Judgement:
 
 def check_command(command: str) -> None:
     """Raises ConfigError for a command without {export}, unknown marks, or quotes left open."""
-    found = {match[2] for match in _MARK.finditer(command) if match[2]}
-    if unknown := sorted(found - set(_KNOWN)):
-        known = ", ".join(f"{{{name}}}" for name in _KNOWN)
-        raise ConfigError(
-            f"placeholder {{{unknown[0]}}} in the command; allowed: {known} "
-            f"({{{{{unknown[0]}}}}} stands for itself)"
-        )
-    if "export" not in found:
-        raise ConfigError(f"the command {command!r} does not use {{export}}")
-    try:
-        shlex.split(command)
-    except ValueError as error:
-        raise ConfigError(f"command {command!r} cannot be split: {error}") from None
+    check_placeholders(command, _KNOWN, ("export",))
+    words_of(command)
 
 
 def judge(command: str, name: str, export: Path, *, timeout_s: float) -> Judgement:
@@ -75,13 +62,10 @@ def judge(command: str, name: str, export: Path, *, timeout_s: float) -> Judgeme
         out = folder / "out"
         marks = {"export": str(export.resolve()), "out": str(out), "name": name}
 
-        def fill(match: re.Match[str]) -> str:
-            return marks[match[2]] if match[2] else f"{{{match[1]}}}"
-
         commands = Commands()
         try:
             ended = commands.run(
-                [_MARK.sub(fill, part) for part in shlex.split(command)],
+                [filled(part, marks) for part in words_of(command)],
                 stdout=folder / "stdout.txt",
                 stderr=folder / "stderr.txt",
                 limit=_OUTPUT,

@@ -15,7 +15,6 @@ With `--folder` finished searches are kept there, so that a benchmark which was 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,12 +29,18 @@ from numpy.typing import NDArray
 from searchlab.algorithms.base import Told
 from searchlab.algorithms.guided import Guided
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
-from searchlab.errors import ConfigError
 from searchlab.evaluator import Signal
 from searchlab.evaluators.nasbench201 import nasbench201
 from searchlab.evaluators.table import TableEvaluator
 from searchlab.experiments.benchmarks._algorithms_choices import PLACES
-from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
+from searchlab.experiments.benchmarks._common import (
+    Aim,
+    Journal,
+    data_folder,
+    flags,
+    other_parts,
+    spread,
+)
 from searchlab.experiments.benchmarks._guided_searches import (
     Kept,
     Task,
@@ -399,21 +404,10 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="begin no search after so long")
 
 
-def _others(options: argparse.Namespace) -> list[str]:
-    """The lines that other parts left in the file."""
-    if options.part is None or options.out is None or not options.out.exists():
-        return []
-    lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
-    kept = [line for line in lines if line["part"] not in options.part]
-    if any(line["quick"] is not options.quick for line in kept):
-        raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
-    return [json.dumps(line) for line in kept]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
     options = flags(__doc__, arguments, add=_flags)
-    journal = Journal("guided", options, lines=_others(options))
+    journal = Journal("guided", options, lines=other_parts(options))
     seconds = np.inf if options.minutes is None else 60 * options.minutes
     folder = data_folder("nasbench201")
     evaluator = None if folder is None else nasbench201(folder)
