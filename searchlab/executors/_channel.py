@@ -11,7 +11,9 @@ import socket
 import struct
 from typing import Any
 
-__all__ = ["DriverEnd", "WorkerEnd", "packed", "unpacked"]
+__all__ = ["TICKET", "DriverEnd", "WorkerEnd", "packed", "unpacked"]
+
+TICKET = struct.Struct("=q")  # before every answer: what the worker goes on with
 
 _LENGTH = struct.Struct("!Q")
 _PIECE = 1 << 18

@@ -13,19 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from searchlab.evaluator import Evaluator
-from searchlab.executors._channel import DriverEnd, unpacked
+from searchlab.executors._channel import TICKET, DriverEnd, unpacked
+from searchlab.executors._ring import NOTHING, Waiting
+from searchlab.executors._tasks import Broken, Retries, Task
 from searchlab.executors._watch import log_name, open_log, own_bytes, shorten_log
+from searchlab.executors._worker import worker_name
 from searchlab.executors.base import Chunk, Done, failed_chunk
 
-__all__ = ["Broken", "Retries", "Supervisor", "Task"]
+__all__ = ["Supervisor"]
 
 LOG_TICK = 10.0  # seconds between looks at how large the logs are
 TICK = 0.25  # seconds between looks at workers whose death their children hide
@@ -39,51 +41,6 @@ _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from searchlab.executors._worker import main; main()"
 )
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How often a chunk is begun again, per cause.
-
-    Attributes:
-        death: after the worker died with it.
-        timeout: after it took longer than the deadline.
-        error: after the evaluator raised.
-        memory: after the worker used more than it may; a new one has not leaked anything yet.
-    """
-
-    death: int = 3
-    timeout: int = 1
-    error: int = 0
-    memory: int = 1
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Why a worker could not start.
-
-    Attributes:
-        step: "boot", "main" (importing the main module), "load" (unpickling) or "setup".
-        error: name of the exception's class.
-        text: one line.
-        traceback: of the worker.
-    """
-
-    step: str
-    error: str
-    text: str
-    traceback: str = ""
-
-
-@dataclass(eq=False)
-class Task:
-    """A chunk that has not come back, with the attempts so far."""
-
-    chunk: Chunk
-    message: bytes
-    attempts: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    begun: float = 0.0
 
 
 @dataclass(eq=False)
@@ -105,7 +62,7 @@ class _Worker:
 
     @property
     def name(self) -> str:
-        return f"worker {self.number}"
+        return worker_name(self.number)
 
 
 class Supervisor:
@@ -155,7 +112,7 @@ class Supervisor:
         self._shorten_at = 0.0
         self._environment = dict(environment)
         self._workers = [_Worker(number) for number in range(workers)]
-        self._tasks: deque[Task] = deque()
+        self._tasks = Waiting(2 * workers)
         self._lock = threading.Lock()
         self._look_at = 0.0
         self._ended = False  # a worker has closed its end
@@ -180,7 +137,7 @@ class Supervisor:
         """Queues a task, or gives it to a worker that has none; never blocks."""
         with self._lock:
             self.open += 1
-            self._tasks.append(task)
+        self._tasks.add(task)
         if self._turn.acquire(blocking=False):
             try:
                 self._assign()
@@ -226,9 +183,8 @@ class Supervisor:
 
     def withdraw(self) -> list[Chunk]:
         """Takes back the tasks that no worker has."""
+        chunks = [task.chunk for task in self._tasks.withdraw()]
         with self._lock:
-            chunks = [task.chunk for task in self._tasks]
-            self._tasks.clear()
             self.open -= len(chunks)
         return chunks
 
@@ -287,6 +243,7 @@ class Supervisor:
             self._look_wanted = False
             self._looked.set()
             self._end_all()
+            self._tasks.close()
             self._wake_in.close()
             self._wake_out.close()
 
@@ -318,22 +275,25 @@ class Supervisor:
         for worker in self._workers:
             if worker.ready and worker.task is None and not self._feed(worker):
                 return
+        self._tasks.offer()
 
     def _feed(self, worker: _Worker) -> bool:
         """Gives the oldest task to a worker; False when there is none."""
-        with self._lock:
-            if not self._tasks:
-                return False
-            task = self._tasks.popleft()
-        task.attempts += 1
-        task.begun = time.time()
-        worker.task = task
-        worker.until = time.monotonic() + self._deadline
+        task = self._tasks.take()
+        if task is None:
+            return False
+        self._begin(worker, task)
         assert worker.end is not None
         worker.end.send(task.message)
         if worker.end.unsent:
             self._watch(worker)
         return True
+
+    def _begin(self, worker: _Worker, task: Task) -> None:
+        task.attempts += 1
+        task.begun = time.time()
+        worker.task = task
+        worker.until = time.monotonic() + self._deadline
 
     def _watch(self, worker: _Worker) -> None:
         """Listens to a worker from now on, and for room to send it the rest of what it gets."""
@@ -367,9 +327,12 @@ class Supervisor:
         task = worker.task
         if task is not None:  # an answer: the worker goes on before anybody reads it
             worker.task, worker.until = None, math.inf
-            if not ended:
+            (ticket,) = TICKET.unpack_from(message)
+            if ticket != NOTHING:
+                self._begin(worker, self._tasks.taken(ticket))
+            elif not ended:
                 self._feed(worker)
-            self._take(worker, task, message)
+            self._take(worker, task, message[TICKET.size :])
             return
         try:
             kind, *parts = unpacked(message)
@@ -421,8 +384,7 @@ class Supervisor:
         if task.failures[cause] > self._allowed[cause]:
             return False
         self.repeats += 1
-        with self._lock:
-            self._tasks.appendleft(task)
+        self._tasks.add_again(task)
         return True
 
     # -- deaths and deadlines ---------------------------------------------------------------
@@ -467,6 +429,8 @@ class Supervisor:
         task, late, used, was_ready = worker.task, worker.late, worker.used, worker.ready
         worker.task, worker.until, worker.late, worker.ready = None, math.inf, False, False
         worker.used = 0
+        for unheard in self._tasks.taken_unheard(worker.number):
+            self._tasks.add_again(unheard)  # it was not begun
         self.overruns += used > 0
         if task is not None:
             self.deaths += not (late or used)
@@ -509,21 +473,18 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         life_in, life_out = os.pipe()
         paths = [path or os.getcwd() for path in sys.path]
+        shared = (theirs.fileno(), life_in, self._tasks.fileno())
         try:
             worker.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", _BOOT, json.dumps(paths)),
-                    *(
-                        str(theirs.fileno()),
-                        str(life_in),
-                        worker.name,
-                        "log" if log is not None else "",
-                    ),
+                    *(str(number) for number in shared),
+                    *(str(worker.number), "log" if log is not None else ""),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(theirs.fileno(), life_in),
+                pass_fds=shared,
                 env=self._environment,
                 start_new_session=True,
             )

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from searchlab.executors._channel import WorkerEnd, packed, unpacked
+from searchlab.executors._channel import TICKET, WorkerEnd, packed, unpacked
+from searchlab.executors._ring import NOTHING, Claims
 
 if TYPE_CHECKING:
     from searchlab.evaluator import Evaluator
     from searchlab.executors.base import Chunk, Done
 
-__all__ = ["Opening", "main", "preparing"]
+__all__ = ["Opening", "main", "preparing", "worker_name"]
 
 _preparing = False
 
@@ -45,18 +46,23 @@ class Opening:
     threads: int
 
 
+def worker_name(number: int) -> str:
+    """What results and logs call a worker."""
+    return f"worker {number}"
+
+
 def preparing() -> bool:
     """Whether this process is a worker that imports the driver's main module just now."""
     return _preparing
 
 
 def main() -> None:
-    """Runs a worker; argv is (_, its socket, the pipe that closes when the driver ends,
-    name, "log" where stderr is a log that may have tracebacks)."""
+    """Runs a worker; argv is (_, its socket, the pipe that closes when the driver ends, the file of
+    the tasks that wait, its own number, "log" where stderr is a log that may have tracebacks)."""
     _outlive_signals()
     end = WorkerEnd(socket.socket(fileno=int(sys.argv[2])))
     _end_with(int(sys.argv[3]))
-    name, logs = sys.argv[4], sys.argv[5] == "log"
+    waiting, number, logs = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "log"
     if logs and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a worker that is killed flushes nothing
     try:
@@ -64,9 +70,15 @@ def main() -> None:
         evaluators = _open(opening, end)
         if evaluators is None:
             return
+        claims = Claims(waiting, number)
         end.send(packed(("ready",)))
-        while message := end.receive():
-            end.send(_answer(evaluators, unpacked(message), name, logs=logs))
+        message = end.receive()
+        while message:
+            answer = _answer(evaluators, unpacked(message), worker_name(number), logs=logs)
+            ticket, message = claims.take()
+            end.send(TICKET.pack(ticket) + answer)
+            if ticket == NOTHING:
+                message = end.receive()
     except (EOFError, ConnectionError):
         return  # the driver is gone
 

@@ -16,7 +16,8 @@ from searchlab.evaluator import Evaluator
 from searchlab.executors import _worker
 from searchlab.executors._channel import packed
 from searchlab.executors._given import check_count, evaluator_name
-from searchlab.executors._supervisor import Broken, Retries, Supervisor, Task
+from searchlab.executors._supervisor import Supervisor
+from searchlab.executors._tasks import Broken, Retries, Task
 from searchlab.executors.base import Chunk, Done, Usage
 
 __all__ = ["ProcessExecutor", "Retries"]

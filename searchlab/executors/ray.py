@@ -16,7 +16,7 @@ from searchlab import errors
 from searchlab.errors import ConfigError, EvaluationError, SearchlabError, SearchlabWarning
 from searchlab.evaluator import Evaluator
 from searchlab.executors._given import check_count, evaluator_name
-from searchlab.executors._supervisor import Broken, Retries
+from searchlab.executors._tasks import Broken, Retries
 from searchlab.executors.base import Chunk, Done, Usage
 from searchlab.executors.ray_cluster import Cluster, Need
 from searchlab.executors.ray_pool import Member, Pool, Setting

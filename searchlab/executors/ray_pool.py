@@ -18,7 +18,7 @@ from typing import Any
 from searchlab.errors import ConfigError
 from searchlab.evaluator import Evaluator
 from searchlab.executors._channel import packed, unpacked
-from searchlab.executors._supervisor import Broken, Retries
+from searchlab.executors._tasks import Broken, Retries
 from searchlab.executors._watch import log_name
 from searchlab.executors.base import Chunk, Done, failed_chunk
 from searchlab.executors.ray_cluster import Cluster, Need
