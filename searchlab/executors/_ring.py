@@ -59,17 +59,18 @@ class _Ring:
     def unlock(self) -> None:
         fcntl.lockf(self._number, fcntl.LOCK_UN)
 
-    def take(self, who: int) -> int:
-        """Ticket of the oldest task, which belongs to `who` from now on; NOTHING if none waits."""
+    def take(self, who: int) -> tuple[int, bytes]:
+        """Ticket and message of the oldest task, which belongs to `who` from now on; or nothing."""
         if self.index(_FRONT) == self.index(_BACK) or not self.lock():
-            return NOTHING
+            return NOTHING, b""
         try:
             ticket = self.index(_FRONT)
             if ticket == self.index(_BACK):
-                return NOTHING
+                return NOTHING, b""
+            message = self.message(ticket)  # its slot may be used again as soon as it is taken
             _INDEX.pack_into(self.memory, self._at(ticket), who)
             _INDEX.pack_into(self.memory, _FRONT, ticket + 1)
-            return ticket
+            return ticket, message
         finally:
             self.unlock()
 
@@ -119,8 +120,7 @@ class Claims:
 
     def take(self) -> tuple[int, bytes]:
         """The ticket and the message of the oldest task; (NOTHING, b"") if none waits."""
-        ticket = self._ring.take(self._who)
-        return ticket, b"" if ticket == NOTHING else self._ring.message(ticket)
+        return self._ring.take(self._who)
 
 
 class Waiting:
@@ -162,7 +162,7 @@ class Waiting:
             if self._later and self._later[0].attempts:
                 return self._later.popleft()  # it was older than all others before
             if self._within:
-                ticket = self._ring.take(_DRIVER)
+                ticket, _ = self._ring.take(_DRIVER)
                 if ticket != NOTHING:
                     return self._within.pop(ticket)
             return self._later.popleft() if self._later else None
@@ -193,7 +193,7 @@ class Waiting:
         """Takes all tasks back that no worker has taken."""
         out = []
         with self._lock:
-            while self._within and (ticket := self._ring.take(_DRIVER)) != NOTHING:
+            while self._within and (ticket := self._ring.take(_DRIVER)[0]) != NOTHING:
                 out.append(self._within.pop(ticket))
             out += self._later
             self._later.clear()
