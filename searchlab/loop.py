@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -395,10 +396,8 @@ class StageRun:
 
     def submit(self, group: Group, fresh: list[int]) -> None:
         assert self.executor is not None
-        for start in range(0, len(group.jobs), self.chunk):
-            block = [row for row in fresh if start <= row < start + self.chunk]
-            if not block:
-                continue
+        for start, rows_of in itertools.groupby(fresh, lambda row: row - row % self.chunk):
+            block = list(rows_of)
             if not self._exact:
                 block = group.block(start, self.chunk, self._is_repeat)
             rows = 0 if self._exact else self.chunk
@@ -441,7 +440,8 @@ class StageRun:
             return
         whole = keep == list(range(len(done.evaluations)))
         evaluations = done.evaluations if whole else done.evaluations.take(keep)
-        self._record(group, rows, evaluations, cached=done.cached, done=done)
+        same = len(rows) == len(jobs)
+        self._record(group, rows, evaluations, jobs if same else None, done.cached, done)
         for position in keep if self._repeats else ():
             key = jobs.keys[position]
             answer = done.evaluations.take([position])
@@ -460,12 +460,13 @@ class StageRun:
         group: Group,
         rows: list[int],
         evaluations: Evaluations,
-        *,
+        jobs: Jobs | None = None,
         cached: bool = False,
         done: Done | None = None,
     ) -> None:
-        # Rows are in order and differ, so that as many as there are are all of them.
-        jobs = group.jobs if len(rows) == len(group.jobs) else group.jobs.take(rows)
+        if jobs is None:
+            # Rows are in order and differ, so that as many as there are are all of them.
+            jobs = group.jobs if len(rows) == len(group.jobs) else group.jobs.take(rows)
         now = time.time()
         flags = np.full(len(rows), cached)
         self.store.record(

@@ -29,6 +29,7 @@ __all__ = ["Answer", "Desk", "actor_class"]
 
 GATHER = 0.02  # seconds that finished chunks wait for others while there is enough to do
 LONGEST = 0.1  # the same while there is not, at most
+SHARE = 0.015  # of how long a chunk takes: a message costs the driver more than a millisecond
 MANY = 512  # finished chunks that wait for nobody
 LOOK = 0.25  # seconds between looks at the memory
 
@@ -219,7 +220,7 @@ class Desk:
                 self._change.wait()
             # While there is more to do, nothing is lost by waiting for the next ones too.
             while len(self._answers) < MANY and not self._last_words:
-                window = GATHER if self._inbox else min(LONGEST, 0.01 * self._mean)
+                window = GATHER if self._inbox else min(LONGEST, SHARE * self._mean)
                 left = self._since + window - time.monotonic()
                 if left <= 0:
                     break
