@@ -145,7 +145,13 @@ def _table(journal: Journal, quick: bool, *, task: str, keep: str, strict: bool)
         ]
     if strict:
         aims.append(
-            Aim("points lost of full", (full.mean() - worst) / POINT, "at most", 1.0, not quick)
+            Aim(
+                "points lost of full",
+                (float(full.mean()) - worst) / POINT,
+                "at most",
+                1.0,
+                binding=not quick,
+            )
         )
     journal.case(
         f"characters, {task}, {keep} of the experts",
