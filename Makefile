@@ -32,7 +32,7 @@ types: setup
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 bench-quick: setup
 	@for file in experiments/benchmarks/[a-z]*.py; do \

@@ -15,13 +15,11 @@ import argparse
 import heapq
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +31,13 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import Evaluator, FunctionEvaluator
 from searchlab.executors import Executor, LocalExecutor, ProcessExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
-from searchlab.loop import Callback, Progress
+from searchlab.loop import Callback
 from searchlab.population import OK
 from searchlab.records import Records
 from searchlab.search import run
 from searchlab.space import Space
 from searchlab.study import Database, MemoryRun
+from searchlab.testing.faults import Hunter
 from searchlab.variables import Choice, Integer, Real
 
 LAG = 16
@@ -110,25 +109,6 @@ def _paid_twice(records: Records) -> int:
 
 def _equal(name: str, differs: int) -> Aim:
     return Aim(name, differs, "at most", 0)
-
-
-class _Hunter:
-    """A callback that kills a random worker again and again."""
-
-    def __init__(self, executor: ProcessExecutor, every: float) -> None:
-        self.executor, self.every = executor, every
-        self.draw = random.Random(1)
-        self.last = time.monotonic()
-        self.kills = 0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self.last < self.every:
-            return
-        with suppress(ProcessLookupError):
-            os.kill(self.draw.choice(self.executor.pids()), signal.SIGKILL)
-            self.kills += 1
-        self.last = now
 
 
 def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: int) -> None:
@@ -208,15 +188,15 @@ def _limit(seconds: NDArray[np.float64], lag: int, workers: int) -> float:
 
 def _killed_workers(journal: Journal, wanted: Records, workers: int, every: float) -> None:
     executor = ProcessExecutor(workers=workers, retries=20)
-    hunter = _Hunter(executor, every)
-    records = _records(_sleeping(len(wanted)), executor, hunter)
+    with Hunter(executor.pids, 1, pause=(every, every)) as hunter:
+        records = _records(_sleeping(len(wanted)), executor, hunter)
     usage = executor.usage()
     journal.case(
         "trace, killed workers",
         {
             "workers": workers,
             "kill_every_s": every,
-            "kills": hunter.kills,
+            "kills": hunter.strikes,
             "repeated": usage.repeats,
             "seconds": round(usage.wall_s, 3),
             "busy": round(usage.utilisation, 4),
@@ -225,7 +205,7 @@ def _killed_workers(journal: Journal, wanted: Records, workers: int, every: floa
         aims=[
             _equal("traces that differ", int(records.trace() != wanted.trace())),
             _equal("evaluations paid twice", _paid_twice(records)),
-            Aim("kills", hunter.kills, "at least", 1),
+            Aim("kills", hunter.strikes, "at least", 1),
         ],
     )
 

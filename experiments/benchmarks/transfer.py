@@ -18,7 +18,6 @@ below $SEARCHLAB_DATA; its cases are skipped where it is not.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,14 @@ from searchlab.config import Budget, SearchConfig
 from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.nasbench201 import FILE, SIGNALS
 from searchlab.evaluators.table import TableEvaluator
-from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
+from searchlab.experiments.benchmarks._common import (
+    Aim,
+    Journal,
+    data_folder,
+    flags,
+    other_parts,
+    spread,
+)
 from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
 from searchlab.population import OK
 from searchlab.predictor import Table, table_of
@@ -283,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--part", action="append", choices=PARTS, help="these only")
 
     options = flags(__doc__, arguments, add=add)
-    journal = Journal("transfer", options)
+    journal = Journal("transfer", options, lines=other_parts(options))
     folder = data_folder("nasbench201")
     for part in options.part or PARTS:
         journal.part = part
@@ -295,14 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             order(journal, folder)
         else:
             cells(journal, folder)
-    kept: list[str] = []
-    if options.part and options.out is not None and options.out.is_file():
-        kept = [
-            json.dumps(line)
-            for line in json.loads(options.out.read_text("utf-8"))
-            if line.get("part") not in options.part
-        ]
-    journal.lines = kept + journal.lines
     return journal.close()
 
 

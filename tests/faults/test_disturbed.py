@@ -30,6 +30,7 @@ from searchlab.records import Records
 from searchlab.search import run
 from searchlab.study import Database, MemoryRun
 from searchlab.testing.faults import (
+    Hunter,
     Unreliable,
     config_of,
     descendants,
@@ -88,39 +89,6 @@ def test_late_and_duplicate_answers_are_dropped(seed: int, wanted: Any) -> None:
 # -- twenty seconds of everything at once -------------------------------------------------------
 
 
-class Hunter:
-    """Kills and stops workers while a run goes on, but not before its first result."""
-
-    def __init__(self, seed: int) -> None:
-        self.draw = np.random.default_rng(seed)
-        self.struck = 0
-        self.armed = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._hunt, daemon=True)
-
-    def __call__(self, progress: Progress) -> None:
-        self.armed = True
-
-    def __enter__(self) -> Hunter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _hunt(self) -> None:
-        while not self._stop.wait(float(0.8 + self.draw.random())):
-            workers = descendants(os.getpid())
-            if workers and self.armed:
-                how = signal.SIGSTOP if self.draw.random() < 0.2 else signal.SIGKILL
-                try:
-                    os.kill(int(self.draw.choice(workers)), how)
-                except ProcessLookupError:
-                    continue
-                self.struck += 1
-
-
 def handles() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -133,7 +101,7 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.slow
 def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any) -> None:
-    hunter = Hunter(5)
+    hunter = Hunter(lambda: descendants(os.getpid()), 5, pause=(0.8, 1.8), stops=0.2)
 
     def once(number: int) -> None:
         hunter.armed = False
@@ -150,11 +118,11 @@ def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: A
     began, number = time.monotonic(), 0
     with hunter:
         # A busy machine gets to the strikes later.
-        while (spent := time.monotonic() - began) < 20 or (hunter.struck < 3 and spent < 90):
+        while (spent := time.monotonic() - began) < 20 or (hunter.strikes < 3 and spent < 90):
             number += 1
             once(number)
     after = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
-    assert hunter.struck >= 3
+    assert hunter.strikes >= 3
     assert number >= 2
     assert after[0] <= before[0]
     assert after[1] <= before[1]
