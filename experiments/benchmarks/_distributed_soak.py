@@ -13,9 +13,7 @@ from typing import Any
 
 from searchlab.executors import RayExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal
-from searchlab.search import run
-from searchlab.study import Database
-from searchlab.testing.faults import Hunter, Unreliable, config_of, undisturbed
+from searchlab.testing.faults import Hunter, Unreliable, config_of, recorded, undisturbed
 from searchlab.testing.ray_nodes import Node, head
 
 __all__ = ["run_soak"]
@@ -73,18 +71,12 @@ def run_soak(journal: Journal, seconds: float) -> None:
 
         def once(number: int) -> bool:
             hunter.armed = False
-            config: Any = config_of(EVALUATIONS)
+            executor = RayExecutor(workers=2, deadline=20.0, retries=30, address=address)
             path = Path(name) / f"{number}.db"
-            with Database(path) as base:
-                fingerprint = config.stages[0].space.fingerprint
-                store = base.open_run(
-                    "run", config=config.describe(), space=fingerprint, seed=0, out=""
-                )
-                executor = RayExecutor(workers=2, deadline=20.0, retries=30, address=address)
-                run(config, store=store, executor=Unreliable(executor, number), callbacks=[hunter])
-                same = base.read("run").records().trace() == wanted
+            disorder = Unreliable(executor, number)
+            records = recorded(path, config_of(EVALUATIONS), disorder, callbacks=[hunter])
             path.unlink()
-            return same
+            return records.trace() == wanted
 
         try:
             with hunter:

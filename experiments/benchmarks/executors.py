@@ -36,8 +36,8 @@ from searchlab.population import OK
 from searchlab.records import Records
 from searchlab.search import run
 from searchlab.space import Space
-from searchlab.study import Database, MemoryRun
-from searchlab.testing.faults import Hunter
+from searchlab.study import MemoryRun
+from searchlab.testing.faults import Hunter, recorded, stored
 from searchlab.variables import Choice, Integer, Real
 
 LAG = 16
@@ -213,30 +213,6 @@ def _killed_workers(journal: Journal, wanted: Records, workers: int, every: floa
 # -- a driver that is killed --------------------------------------------------------------------
 
 
-def _drive(folder: Path, budget: int, workers: int) -> None:
-    """What the killed process runs."""
-    config = _sleeping(budget)
-    with Database(folder / "study.db") as base:
-        store = base.open_run(
-            "run",
-            config=config.describe(),
-            space=config.stages[0].space.fingerprint,
-            seed=7,
-            out="",
-        )
-        run(config, store=store, executor=ProcessExecutor(workers=workers))
-
-
-def _stored(folder: Path) -> Records | None:
-    if not (folder / "study.db").is_file():
-        return None
-    try:
-        with Database(folder / "study.db") as base:
-            return base.read("run").records()
-    except Exception:  # the file is being made
-        return None
-
-
 def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
     budget, kills, recorded = len(wanted), 0, 0
     draw = random.Random(2)
@@ -249,7 +225,7 @@ def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
             target = draw.randint(budget * attempt // 4 + 1, budget * (attempt + 1) // 4 - 1)
             process = subprocess.Popen(command, env={**os.environ, LOG: str(log)})
             while attempt < KILLS and process.poll() is None:
-                records = _stored(folder)
+                records = stored(folder)
                 if records is not None and len(records) >= target:
                     process.kill()
                     kills += 1
@@ -257,9 +233,9 @@ def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
                 time.sleep(0.01)
             process.wait()
             if attempt < KILLS:
-                now = _stored(folder)
+                now = stored(folder)
                 recorded = 0 if now is None else len(now)
-        records = _stored(folder)
+        records = stored(folder)
         calls = log.read_text("utf-8").split()
     assert records is not None
     # Lost with the driver: what was at work, or done and not recorded, and the first measurement.
@@ -302,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all cases; returns the exit code."""
     options = flags(__doc__, arguments, add=_own_flags)
     if options.drive is not None:
-        _drive(options.drive, options.budget, options.workers)
+        executor = ProcessExecutor(workers=options.workers)
+        recorded(options.drive / "study.db", _sleeping(options.budget), executor)
         return 0
     journal = Journal("executors", options)
     workers: tuple[int, ...] = (1, 4) if options.quick else (1, 2, 8)

@@ -43,6 +43,7 @@ from searchlab.testing.faults import (
     descendants,
     disturbed,
     plan_of,
+    recorded,
     undisturbed,
 )
 from searchlab.variables import Choice
@@ -136,18 +137,11 @@ def _soak(journal: Journal, seconds: float) -> None:
         def once(number: int) -> bool:
             hunter.armed = False
             executor = ProcessExecutor(workers=2, deadline=2.0, retries=30)
-            config = config_of(EVALUATIONS)
             path = Path(name) / f"{number}.db"
-            with Database(path) as base:
-                fingerprint = config.stages[0].space.fingerprint
-                store = base.open_run(
-                    "run", config=config.describe(), space=fingerprint, seed=0, out=""
-                )
-                disorder = Unreliable(executor, number)
-                run(config, store=store, executor=disorder, callbacks=[hunter])
-                same = base.read("run").records().trace() == wanted
+            disorder = Unreliable(executor, number)
+            records = recorded(path, config_of(EVALUATIONS), disorder, callbacks=[hunter])
             path.unlink()
-            return same
+            return records.trace() == wanted
 
         once(0)  # what is loaded only once is no leak
         before = _holdings()

@@ -88,21 +88,21 @@ def order(journal: Journal, folder: Path) -> None:
     """Tau on CIFAR-100 with 25 labels."""
     quick = journal.options.quick
     seeds = range(1 if quick else 5)
-    labels = 100 if quick else 781
+    labels, ranked, most = (100, 500, 1000) if quick else (781, 2000, None)
     table, old_losses = whole_table(evaluator_of(folder, "cifar10"))
     _, losses = whole_table(evaluator_of(folder, "cifar100"))
     found: dict[str, list[float]] = {"as it is": [], "warm": [], "from scratch": []}
     for seed in seeds:
         rows = np.random.default_rng(seed).permutation(len(table))
-        first, second, test = rows[:labels], rows[labels : labels + 25], rows[7813:]
+        first, second, test = rows[:labels], rows[labels : labels + 25], rows[7813:][:most]
         old = Stack()
-        old.fit(table.take(first), old_losses[first], seed=seed, pool=table.take(rows[:2000]))
+        old.fit(table.take(first), old_losses[first], seed=seed, pool=table.take(rows[:ranked]))
         with tempfile.TemporaryDirectory() as scratch:
             old.save(Path(scratch), with_data=True)
             earlier = Earlier.of_folder(
                 Path(scratch), table.space, adapted=True, background=lambda: table
             )
-        pool = table.take(rows[:2000])
+        pool = table.take(rows[:ranked])
         warm, cold = Warm(earlier), Stack()
         for predictor in (warm, cold):
             predictor.fit(table.take(second), losses[second], seed=seed, pool=pool)

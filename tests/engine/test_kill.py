@@ -38,7 +38,7 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
             limit = time.monotonic() + 100
             while count(folder, "killed") < target and process.poll() is None:
                 assert time.monotonic() < limit
-                time.sleep(0.02)
+                time.sleep(0.05)
         finally:
             process.kill()
             process.communicate()

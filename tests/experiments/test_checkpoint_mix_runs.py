@@ -50,7 +50,7 @@ def test_four_workers_a_kill_and_one_worker_give_the_trace_of_an_undisturbed_run
         limit = time.monotonic() + 150
         while count(other, "killed") < 40 and process.poll() is None:
             assert time.monotonic() < limit
-            time.sleep(0.01)
+            time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

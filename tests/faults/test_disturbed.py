@@ -37,6 +37,7 @@ from searchlab.testing.faults import (
     disturbed,
     is_alive,
     plan_of,
+    recorded,
     stored,
     undisturbed,
 )
@@ -106,12 +107,13 @@ def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: A
     def once(number: int) -> None:
         hunter.armed = False
         executor = ProcessExecutor(workers=2, deadline=1.5, retries=30)
-        config = config_of(EVALUATIONS)
-        with Database(tmp_path / f"{number}.db") as base:
-            space = config.stages[0].space.fingerprint
-            store = base.open_run("run", config=config.describe(), space=space, seed=0, out="")
-            run(config, store=store, executor=Unreliable(executor, number), callbacks=[hunter])
-            assert base.read("run").records().trace() == wanted
+        records = recorded(
+            tmp_path / f"{number}.db",
+            config_of(EVALUATIONS),
+            Unreliable(executor, number),
+            callbacks=[hunter],
+        )
+        assert records.trace() == wanted
 
     once(0)
     before = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
