@@ -164,8 +164,10 @@ def _family(journal: Journal, problem: SamplingProblem, nfe: tuple[int, int], sa
 
 
 def _count(tables: Tables, chunk: int, samples: int) -> dict[str, Any]:
-    start = torch.zeros((samples, 64))
-    tree = PrefixTree(lambda x, t: x, start, mean=torch.zeros(64), max_rows=MAX_ROWS)
+    # Rows are counted, whatever their width.
+    tree = PrefixTree(
+        lambda x, t: x, torch.zeros((samples, 1)), mean=torch.zeros(1), max_rows=MAX_ROWS
+    )
     for part in _chunks(tables, chunk):
         tree.run(part)
     return {
