@@ -219,9 +219,9 @@ def _schedules(nfe: str, seed: int, quick: bool) -> SearchConfig:
             preset="guided",
             problem="mixture",
             nfe=nfe,
-            budget=24 if quick else 120,
-            samples=256 if quick else 1024,
-            held_out=256,
+            budget=20 if quick else 120,
+            samples=128 if quick else 1024,
+            held_out=64 if quick else 256,
             seed=seed,
             data_seed=seed,
         )

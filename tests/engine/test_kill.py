@@ -6,22 +6,38 @@ import json
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_tools import DATABASE, count, finish, records_of, started, times_of
+import torch
+from run_tools import DATABASE, count, records_of, started, times_of
+
+from searchlab.cli import main
 
 SEARCH = [
     *("solver_schedule", "--problem", "mixture", "--nfe", "5..6", "--budget", "120"),
-    *("--samples", "128", "--held-out", "128", "--report-banks", "2", "--quiet"),
+    *("--samples", "64", "--held-out", "32", "--report-banks", "2", "--quiet"),
 ]
 
 
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """Runs in this process set them."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_three_kills_change_nothing(tmp_path: Path) -> None:
-    arguments = ["run", *SEARCH, *DATABASE, "--out", "whole"]
-    finish(tmp_path, *arguments)
+@pytest.mark.usefixtures("_threads")
+def test_three_kills_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Only what is killed needs a process of its own.
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *SEARCH, *DATABASE, "--out", "whole"]) == 0
     whole = records_of(tmp_path, "whole")
     searched = int((whole.stage < 1000).sum())
 
@@ -48,14 +64,17 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
         assert seen.items() <= times_of(records).items()
         seen = times_of(records)
         arguments = ["resume", "killed", *DATABASE]
-    finish(folder, *arguments)
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 0
 
     killed = records_of(folder, "killed")
     assert killed.trace() == whole.trace()
     assert seen.items() <= times_of(killed).items()
     np.testing.assert_array_equal(killed.cached, whole.cached)
     np.testing.assert_array_equal(killed.attempts, whole.attempts)
-    assert "verified" in finish(folder, "verify", "killed", *DATABASE)
+    capsys.readouterr()
+    assert main(["verify", "killed", *DATABASE]) == 0
+    assert "verified" in capsys.readouterr().out
     one, two = (
         json.loads((place / "result.json").read_text())
         for place in (tmp_path / "whole", folder / "killed")
