@@ -63,6 +63,11 @@ class ExpertsOptions:
     groups: str = _option("block", "blocks that share their choice: block, or how many groups")
     merge: bool = _option(False, "a second stage mixes kept and dropped experts")
     per_block: bool = _option(False, "blocks may keep different numbers, under one total")
+    front: bool = _option(
+        False,
+        "quality, memory and active operations at once: numbers of kept (up to --keep, --memory) "
+        "and of active experts are free",
+    )
     router_mode: Literal["slice", "prob", "logit"] | None = _option(
         None, "slice: only kept experts are scored, loads everywhere; prob: all are (paper)"
     )
@@ -119,6 +124,12 @@ class ExpertsOptions:
             raise ConfigError(f"timeout {self.timeout}; allowed: more than 0 seconds")
         if self.merges and self.per_block:
             raise ConfigError("merge with per_block; allowed: one count for all blocks")
+        for what in ("merge", "guided"):
+            if self.front and (getattr(self, what) or self.preset == "paper"):
+                what = "preset paper" if self.preset == "paper" else what
+                raise ConfigError(f"front with {what}; allowed: pruning by the default preset")
+        if self.front and self.target is not None:
+            raise ConfigError(f"front with target {self.target:g}; allowed: a budget")
         if self.router_mode == "logit" and not self.merges:
             raise ConfigError("router_mode 'logit' is for --merge; allowed: slice, prob")
         if self.preset == "paper" and self.limits().evaluations not in (None, sum(PAPER)):
@@ -175,18 +186,20 @@ class ExpertsOptions:
 def build(options: ExpertsOptions) -> SearchConfig:
     """The configuration of a run; everything that can be wrong is looked at before the weights."""
     from searchlab.config import Final, SearchConfig
+    from searchlab.experiments.experts_front import final_of, stage_of
     from searchlab.experiments.experts_setup import keep_loaded, prepare
     from searchlab.experiments.experts_stages import stages_of
 
     prepared = prepare(options)
     print(prepared, file=sys.stderr)
     loaded = prepared.load()
+    final = final_of() if options.front else Final(k=5, report=1, named=tuple(loaded.known))
     config = SearchConfig(
-        tuple(stages_of(loaded)),
+        (stage_of(loaded),) if options.front else tuple(stages_of(loaded)),
         name=RECIPE.name,
         seed=options.seed,
         lag=options.lag,
-        final=Final(k=5, report=1, named=tuple(loaded.known)),
+        final=final,
         recipe=RECIPE.name,
         options=asdict(options),
     )

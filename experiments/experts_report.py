@@ -66,14 +66,19 @@ def sections(config: SearchConfig, result: Result) -> list[Section]:
     winners = [group.winner for group in result.groups if group.winner is not None]
     if loaded is None or not winners:
         return []
-    entries = compared(loaded, config, result)
-    out = [
-        Section(
-            "Experts: everything on the same items",
-            text=_text(loaded, entries),
-            table=[_row(entry, entries) for entry in entries],
-        )
-    ]
+    if result.trade_offs is not None:
+        from searchlab.experiments.experts_front_report import front_sections
+
+        out = front_sections(loaded, config, result)
+    else:
+        entries = compared(loaded, config, result)
+        out = [
+            Section(
+                "Experts: everything on the same items",
+                text=_text(loaded, entries),
+                table=[_row(entry, entries) for entry in entries],
+            )
+        ]
     (plan,) = config.stages[-1].space.plans(winners[-1].population)
     reap = loaded.known.get("reap")
     figure = figure_kept(

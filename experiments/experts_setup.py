@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -101,11 +101,11 @@ class Prepared:
             flat=self.options.flat,
         )
 
-    def load(self) -> Loaded:
-        """The weights, and one pass over the search items."""
+    def load(self, *, rankings: bool = True) -> Loaded:
+        """The weights, and one pass over the search items where rankings of experts are wanted."""
         import torch
 
-        from searchlab.evaluators.language.calibration import baselines, calibrate
+        from searchlab.evaluators.language.calibration import SCORES, baselines, calibrate
         from searchlab.evaluators.language.experts import experts_evaluator
         from searchlab.evaluators.language.problem import LanguageProblem
         from searchlab.evaluators.language.static_figures import StaticFigures
@@ -126,6 +126,10 @@ class Prepared:
             prompts=self.prompts,
             at_once=options.together,
         )
+        travels = _travels(evaluator, options, "prune")
+        if not (rankings or options.guided):
+            nothing = np.zeros((len(self.layout.blocks), self.layout.experts))
+            return Loaded(self, resident, space, travels, {}, nothing)
         # Generation has no batches: the router is then watched on prompts with right answers.
         problem = evaluator.problem
         if self.settings.metric == "exact_match":
@@ -137,7 +141,9 @@ class Prepared:
         if options.guided:
             evaluator.add_signals(StaticFigures(calibration))
         known, used = baselines(space, calibration), calibration.counts
-        return Loaded(self, resident, space, _travels(evaluator, options, "prune"), known, used)
+        scores = {name: calibration.scores(name) for name in SCORES}
+        travels = _travels(evaluator, options, "prune")
+        return Loaded(self, resident, space, travels, known, used, scores)
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ class Loaded:
         space, evaluator: of kept experts.
         known: baseline -> mask (L, E).
         used: (L, E), how often the full model chose an expert in the search items.
+        scores: ranking -> (L, E), by which `known` keeps experts.
     """
 
     prepared: Prepared
@@ -158,6 +165,7 @@ class Loaded:
     evaluator: ExpertsEvaluator
     known: Mapping[str, NDArray[np.bool_]]
     used: NDArray[np.float64]
+    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def merged(self, space: MergingSpace) -> ExpertsEvaluator:
         """The evaluator of merged experts, on the same items."""
@@ -237,13 +245,13 @@ def prepare(options: ExpertsOptions) -> Prepared:
     layout = replace(layout_of(source.config, family), total_bytes=weight_bytes(source))
     keep = options.keep
     if keep is None and options.memory is None:
-        keep = "50%"
+        keep = "100%" if options.front else "50%"
     each, total = resolve_keep(
         layout,
         keep=keep,
         memory=options.memory,
         per_block=options.per_block,
-        top_k=options.active,
+        top_k=1 if options.front and options.active is None else options.active,
         flat=options.flat,
     )
     for folder in options.foreign().values():
@@ -262,6 +270,10 @@ def prepare(options: ExpertsOptions) -> Prepared:
     prepared.pruning()
     if options.merges:
         prepared.merging()
+    if options.front:
+        from searchlab.experiments.experts_front import space_of
+
+        space_of(prepared)
     # Items are looked at with a metric that needs no model but refuses what the real one would.
     problem = LanguageProblem(
         task, prompts, settings, answer=lambda contexts: [(0,)] * len(contexts)

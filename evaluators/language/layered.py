@@ -162,6 +162,18 @@ class LayeredForward:
         """Drops remembered states."""
         self._states.clear()
 
+    @contextmanager
+    def routed(
+        self, *, active: int | None = None, flat: bool = False, router_mode: str = "slice"
+    ) -> Iterator[None]:
+        """Inside, candidates are routed like this; without arguments as the model itself is."""
+        saved = self.active, self.flat, self.router_mode
+        self.active, self.flat, self.router_mode = active, flat, router_mode
+        try:
+            yield
+        finally:
+            self.active, self.flat, self.router_mode = saved
+
     def logits(self, batch: Batch, kept: Kept) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Yields (candidates (c,), logits (c, B, w, V)) until every candidate of kept (K, L, E)
         was named once.
@@ -223,7 +235,8 @@ class LayeredForward:
     def _prefix(self, layer: int, kept: Kept) -> bytes:
         """What a candidate's states before a layer depend on."""
         blocks = sum(block < layer for block in self._block_of)
-        return np.ascontiguousarray(kept[:blocks]).tobytes()
+        routing = f"{self.active} {self.flat} {self.router_mode} ".encode()
+        return routing + np.ascontiguousarray(kept[:blocks]).tobytes()
 
     def _deepest(self, batch: Batch, kept: Kept) -> tuple[int, bytes]:
         """The last layer before which a candidate's states are remembered, or 0."""
