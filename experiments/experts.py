@@ -48,7 +48,9 @@ class ExpertsOptions:
     model: str = _option("zoo", "folder or hub id of the model; zoo: the bundled character model")
     family: str | None = _option(None, "YAML table of a model family that is not known")
     task: str | None = _option(
-        None, "JSON lines of prompt, options, answer; for zoo also a name: arithmetic, code, ..."
+        None,
+        "JSON lines of prompt, options, answer; lm-eval:NAME or lm-eval:FILE.yaml for a task of "
+        "lm-evaluation-harness; for zoo also a name: arithmetic, code, ...",
     )
     metric: Literal[
         "options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"
@@ -136,6 +138,8 @@ class ExpertsOptions:
             raise ConfigError(
                 f"budget {self.budget} with preset paper; allowed: none, it makes {sum(PAPER)}"
             )
+        if (self.task or "").startswith("lm-eval:") and self.chat == "on":
+            raise ConfigError("chat 'on' with a task of lm-eval; allowed: auto, off")
         if self.task is None and self.model != "zoo":
             raise ConfigError(f"no task for {self.model!r}; allowed: --task FILE of JSON lines")
         if self.final is not None:

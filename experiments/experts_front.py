@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from searchlab.experiments.experts_setup import Loaded, Prepared
     from searchlab.result import Result
 
-__all__ = ["FULL", "FRONT_FOLDER", "final_of", "known_points", "space_of", "stage_of", "write_front"]
+__all__ = [
+    "FULL",
+    "FRONT_FOLDER",
+    "final_of",
+    "known_points",
+    "space_of",
+    "stage_of",
+    "write_front",
+]
 
 FULL = "full"
 FRONT_FOLDER = "front"

@@ -97,9 +97,7 @@ def _rows(
             value, items, failures = tables[split][number]
             row[split] = f"{value:.4g}"
             if split == "report":
-                figures = summarise(
-                    evaluator.problem.task, split, value, items, failures=failures
-                )
+                figures = summarise(evaluator.problem.task, split, value, items, failures=failures)
                 row[split] += f" [{figures.low:.4g}, {figures.high:.4g}]"
         if everything and number != everything[0]:
             of_full = tables["report"][everything[0]][1]

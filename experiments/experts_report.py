@@ -87,6 +87,9 @@ def sections(config: SearchConfig, result: Result) -> list[Section]:
     merged = " Rows of merged experts count for the one they have most of." if plan.merge else ""
     caption = f"Experts that stay, of {plan.experts} in each layer.{merged}"
     out.append(Section("Kept experts", figure=figure, caption=caption))
+    from searchlab.experiments.experts_harness import harness_sections
+
+    out += harness_sections(loaded, config, result)
     folder = None if result.out is None else result.out / "export"
     if folder is not None and (folder / "config.json").is_file():
         out.append(Section("Memory and speed", table=_costs(loaded, folder)))

@@ -239,7 +239,7 @@ def prepare(options: ExpertsOptions) -> Prepared:
     from searchlab.evaluators.noise import BANKS
     from searchlab.spaces.experts import family_of, layout_of, resolve_keep
 
-    task = _task(options)
+    task, harness = _task(options), (options.task or "").startswith("lm-eval:")
     source = open_model(options.model)
     family = family_of(source.config, None if options.family is None else Path(options.family))
     layout = replace(layout_of(source.config, family), total_bytes=weight_bytes(source))
@@ -260,7 +260,7 @@ def prepare(options: ExpertsOptions) -> Prepared:
     prompts = Prompts(
         source.tokenizer,
         limit=source.context,
-        chat={"auto": None, "on": True, "off": False}[options.chat],
+        chat=None if options.chat == "auto" and not harness else options.chat == "on",
         stops=source.stops,
     )
     settings = LanguageSettings(
@@ -284,9 +284,13 @@ def prepare(options: ExpertsOptions) -> Prepared:
 
 
 def _task(options: ExpertsOptions) -> Task:
+    from searchlab.evaluators.language.harness import PREFIX, HarnessTask
     from searchlab.evaluators.language.tasks import read_task
 
     name = options.task or "arithmetic"
+    if name.startswith(PREFIX):
+        found = HarnessTask.read(name)
+        return found if options.items is None else found.only(options.items)
     known = options.model == "zoo" and not Path(name).exists() and "/" not in name
     task = read_task(task_path(name) if known else name)
     return task if options.items is None else task.only(options.items)
