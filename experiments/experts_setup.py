@@ -238,11 +238,16 @@ def prepare(options: ExpertsOptions) -> Prepared:
     from searchlab.evaluators.language.prompts import Prompts
     from searchlab.evaluators.noise import BANKS
     from searchlab.spaces.experts import family_of, layout_of, resolve_keep
+    from searchlab.spaces.experts.files import layout_of_files
 
     task, harness = _task(options), (options.task or "").startswith("lm-eval:")
     source = open_model(options.model)
     family = family_of(source.config, None if options.family is None else Path(options.family))
-    layout = replace(layout_of(source.config, family), total_bytes=weight_bytes(source))
+    layout = layout_of(source.config, family)
+    if source.folder is not None and (size := weight_bytes(source)):
+        # As stored: quantised experts are smaller than the configuration's dtype says.
+        each = layout_of_files(source.folder, family).expert_bytes
+        layout = replace(layout, expert_bytes=each, total_bytes=size)
     keep = options.keep
     if keep is None and options.memory is None:
         keep = "100%" if options.front else "50%"

@@ -43,6 +43,7 @@ class Masked(Protocol):
         top_k: int | None = None,
         flat: bool = False,
         router_mode: Any = "slice",
+        only: int | None = None,
     ) -> AbstractContextManager[Any]: ...
 
 
@@ -142,6 +143,7 @@ class LayeredForward:
         self.router_mode = router_mode
         self.remember = 0 if self.streams else remember
         self.computed = {"attention": 0, "experts": 0}
+        self.steady = True  # equal rows have equal bits on a CPU, and are computed once
         self.observe: Callable[[int, Any, Any, Tensor, Batch], None] | None = None
         self._decoder: Any = self.model.model
         self._block_of = {layer: n for n, layer in enumerate(resident.layout.blocks)}
@@ -210,7 +212,7 @@ class LayeredForward:
     def _quiet(self) -> Iterator[None]:
         """No gradients; steady experts on a CPU."""
         with torch.no_grad(), ExitStack() as stack:
-            if self.device.type == "cpu":
+            if self.steady and self.device.type == "cpu":
                 stack.enter_context(steady_experts(self.model))
             yield
 
@@ -263,7 +265,7 @@ class LayeredForward:
         with forwards([*replaced, (self._decoder.norm, skip)]):
             self._decoder(
                 input_ids=batch.ids,
-                attention_mask=attention_of(self.model, batch),
+                attention_mask=self._attention(batch),
                 position_ids=batch.positions,
                 use_cache=False,
             )
@@ -271,6 +273,10 @@ class LayeredForward:
         for call in calls:
             del call["_hidden"]
         return hidden, calls
+
+    def _attention(self, batch: Batch) -> Tensor:
+        """A batch's mask as the model takes it."""
+        return attention_of(self.model, batch)
 
     def advance(self, state: Progress, layer: int) -> None:
         """All candidates of a batch through one layer."""
@@ -363,7 +369,7 @@ class LayeredForward:
                 own = same[start : start + step]
                 x = torch.cat([halves[parents[pair]][1] for pair in own])
                 masks = state.kept[members[own]]
-                which = torch.arange(len(own), device=x.device).repeat_interleave(rows)
+                which = torch.arange(len(own)).repeat_interleave(rows)  # read by the host
                 fill = -len(x) % (LANES // math.gcd(size, LANES))
                 if fill:
                     x = torch.cat([x, x[-1:].expand(fill, -1, -1)])
@@ -378,10 +384,11 @@ class LayeredForward:
                             top_k=self.active,
                             flat=self.flat,
                             router_mode=self.router_mode,
+                            only=block,
                         )
                     )
                     once = list(dict.fromkeys(parents[pair] for pair in own))
-                    if len(once) < len(own):
+                    if self.steady and len(once) < len(own):
                         stack.enter_context(self._once(experts, halves, once, own, parents, x))
                     out = experts(x)
                 self.computed["experts"] += len(x) * size

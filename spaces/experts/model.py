@@ -185,6 +185,7 @@ class ResidentExperts:
         top_k: int | None = None,
         router_mode: RouterMode = "slice",
         flat: bool = False,
+        only: int | None = None,
     ) -> Iterator[None]:
         """Every forward inside routes to kept experts only.
 
@@ -197,6 +198,7 @@ class ResidentExperts:
             top_k: experts per token; None = the model's.
             router_mode: "slice", or "prob": all experts are scored before the others are dropped.
             flat: routing without groups, for families that have them.
+            only: number of the one block that forwards inside will pass; None = all.
 
         Raises:
             SpaceError: masks of another shape, too few experts, or kept groups that are not equal.
@@ -225,11 +227,13 @@ class ResidentExperts:
         k = self.layout.top_k if top_k is None else top_k
         grouped = self._rule.n_group > 1 and not flat
         for number, routing in enumerate(self._routing):
+            if only not in (None, number):
+                continue
             device = routing.device
             index, absent = _packed(masks[:, number], grouped=grouped)
             _hold(routing, "index", index, device)
             _hold(routing, "absent", absent, device)
-            routing.rows = None if rows is None or len(masks) == 1 else rows.to(device)
+            routing.rows = None if rows is None or len(masks) == 1 else _sent(rows, device)
             routing.table = None
             routing.rule = self._rule if grouped else self._flat_rule
             routing.mode = router_mode
@@ -449,6 +453,16 @@ def _hold(routing: _Routing, name: str, value: NDArray[Any] | None, device: torc
     new = torch.from_numpy(np.ascontiguousarray(value))
     old: Tensor | None = getattr(routing, name)
     if old is not None and old.shape == new.shape and old.device == device:
-        old.copy_(new)
+        old.copy_(_pinned(new, device), non_blocking=True)
     else:
-        setattr(routing, name, new.to(device))
+        setattr(routing, name, _sent(new, device))
+
+
+def _pinned(value: Tensor, device: torch.device) -> Tensor:
+    """The same in memory that a GPU reads while the host goes on."""
+    return value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """The same on a device; nobody waits for it."""
+    return _pinned(value, device).to(device, non_blocking=True)

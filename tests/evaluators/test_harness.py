@@ -103,7 +103,8 @@ def test_likelihoods_are_those_of_our_own_scorer(zoo: tuple[Any, Any], asked: An
     (value, _), *_ = asked.loglikelihood(requests)
     before = tokenizer.encode(str(item.prompt))
     whole = tokenizer.encode(str(item.prompt) + item.options[0])
-    assert value == pytest.approx(float(log_probs(model, whole)[len(before) - 1 :].sum()), abs=1e-4)
+    want = float(log_probs(model, whole)[len(before) - 1 :].sum())
+    assert value == pytest.approx(want, rel=1e-4)
 
 
 def test_what_is_greedy_is_said_and_edges_are_met(zoo: tuple[Any, Any], asked: Any) -> None:
