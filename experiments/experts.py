@@ -97,7 +97,7 @@ class ExpertsOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "of the weights; auto: as stored, float32 on the CPU"
     )
-    device: str | None = _option(None, "torch device; cuda where there is one")
+    device: str | None = _option(None, "torch device, or spread: layers on all GPUs")
     threads: int | None = _option(None, "torch threads; 1 for zoo")
     seed: int = _option(0, "the one seed of the search")
     lag: int | Literal["free"] | None = _option(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from searchlab.errors import ConfigError
 from searchlab.experiments.experts_loading import (
     ModelSource,
+    check_device,
     load_model,
     open_model,
     weight_bytes,
@@ -238,11 +239,14 @@ def prepare(options: ExpertsOptions) -> Prepared:
     from searchlab.evaluators.language.prompts import Prompts
     from searchlab.evaluators.noise import BANKS
     from searchlab.spaces.experts import family_of, layout_of, resolve_keep
-    from searchlab.spaces.experts.files import layout_of_files
+    from searchlab.spaces.experts.files import layout_of_files, read_config
 
     task, harness = _task(options), (options.task or "").startswith("lm-eval:")
+    table = None if options.family is None else Path(options.family)
+    if (Path(options.model) / "config.json").is_file():  # transformers may not know it at all
+        family_of(read_config(options.model), table)
     source = open_model(options.model)
-    family = family_of(source.config, None if options.family is None else Path(options.family))
+    family = family_of(source.config, table)
     layout = layout_of(source.config, family)
     if source.folder is not None and (size := weight_bytes(source)):
         # As stored: quantised experts are smaller than the configuration's dtype says.
@@ -262,6 +266,7 @@ def prepare(options: ExpertsOptions) -> Prepared:
     for folder in options.foreign().values():
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"baseline folder {folder!r} has no config.json")
+    check_device(options.device)
     prompts = Prompts(
         source.tokenizer,
         limit=source.context,

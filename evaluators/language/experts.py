@@ -35,6 +35,7 @@ from searchlab.evaluators.language.problem import (
 )
 from searchlab.evaluators.language.prompts import Prompts, Tokenizer
 from searchlab.evaluators.language.scoring import Divergence, ItemScores
+from searchlab.evaluators.language.spread import SpreadForward, devices_of
 from searchlab.evaluators.language.static_figures import StaticFigures
 from searchlab.evaluators.language.streaming import WeightStream
 from searchlab.evaluators.language.tasks import Task
@@ -270,7 +271,7 @@ class ExpertsEvaluator:
     ) -> Iterator[tuple[Batch, NDArray[np.int64], Tensor]]:
         if not batches:
             return
-        if isinstance(self.forward, LayeredForward) and self.forward.streams:
+        if isinstance(self.forward, LayeredForward) and self.forward.sweeps:
             for number, who, logits in self.forward.sweep(batches, given):
                 yield batches[number], who, logits
             return
@@ -352,7 +353,8 @@ def experts_evaluator(
         "router_mode": str(getattr(space, "router_mode", "slice")),
     }
     if forward is None:
-        forward = LayeredForward(resident, **routing)
+        spread = len(set(devices_of(model))) > 1
+        forward = (SpreadForward if spread else LayeredForward)(resident, **routing)
     else:
         forward.active, forward.flat = routing["active"], bool(routing["flat"])
         forward.router_mode = str(routing["router_mode"])

@@ -151,6 +151,11 @@ class LayeredForward:
         self._pairs: dict[int, bool] = {}  # layer -> whether its block returns its routing too
 
     @property
+    def sweeps(self) -> bool:
+        """Whether batches had better be given all at once."""
+        return self.streams
+
+    @property
     def layers(self) -> int:
         return len(self._decoder.layers)
 

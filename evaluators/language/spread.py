@@ -45,7 +45,7 @@ class SpreadForward(LayeredForward):
         tokens, active, flat, router_mode: see `LayeredForward`.
 
     Attributes:
-        most: most pieces that were on their way at once.
+        most: most pieces that were queued, each in another stage, before any was looked at.
 
     Raises:
         ConfigError: stages that are not all layers in order, or no pieces.
@@ -86,6 +86,10 @@ class SpreadForward(LayeredForward):
         self.most = 0
 
     @property
+    def sweeps(self) -> bool:
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Where batches are expected: with the words' vectors."""
         found: torch.device = next(self.model.get_input_embeddings().parameters()).device
@@ -105,6 +109,7 @@ class SpreadForward(LayeredForward):
         with self._quiet():
             for tick in range(len(pieces) + len(self.stages) - 1):
                 out: list[tuple[int, NDArray[np.int64], Tensor]] = []
+                queued = 0
                 # What is furthest goes first: its stage is free for the next one then.
                 for stage in reversed(range(len(self.stages))):
                     at = tick - stage
@@ -113,13 +118,14 @@ class SpreadForward(LayeredForward):
                     number, part = pieces[at]
                     if not stage:
                         on_way[at] = self.begin(batches[number], kept[part])
-                    self.most = max(self.most, len(on_way))
+                    queued += 1
                     for layer in self.stages[stage]:
                         self.advance(on_way[at], layer)
                     if stage == len(self.stages) - 1:
                         for who, logits in self.finish(on_way.pop(at)):
                             home = _moved(logits, batches[number].ids.device)
                             out.append((number, part[who], home))
+                self.most = max(self.most, queued)
                 yield from out
 
     def advance(self, state: Progress, layer: int) -> None:
