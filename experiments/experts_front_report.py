@@ -95,10 +95,10 @@ def _rows(
         }
         for split, _ in _SPLITS:
             value, items, failures = tables[split][number]
-            row[split] = f"{value:.4g}"
-            if split == "report":
-                figures = summarise(evaluator.problem.task, split, value, items, failures=failures)
-                row[split] += f" [{figures.low:.4g}, {figures.high:.4g}]"
+            figures = summarise(evaluator.problem.task, split, value, items, failures=failures)
+            row[split] = f"{value:.4g} [{figures.low:.4g}, {figures.high:.4g}]"
+            if split == "report" and not math.isnan(failures):
+                row["format failures"] = f"{failures:.3g}"
         if everything and number != everything[0]:
             of_full = tables["report"][everything[0]][1]
             gain, low, high = paired_difference(tables["report"][number][1], of_full)

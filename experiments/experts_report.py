@@ -25,6 +25,7 @@ from searchlab.experiments.experts_figures import figure_kept
 from searchlab.experiments.experts_judge import Judgement, judge
 from searchlab.experiments.experts_loading import load_model, open_model
 from searchlab.experiments.experts_setup import Loaded, loaded_of
+from searchlab.experiments.experts_speed import answer_speed, weights_of
 from searchlab.population import OK, Jobs, Population
 from searchlab.report import Section
 from searchlab.result import Result
@@ -231,9 +232,7 @@ def _row(entry: Entry, entries: list[Entry]) -> dict[str, str]:
     for split, _ in SPLITS:
         if split in entry.splits:
             figures, _scores = entry.splits[split]
-            cells[split] = f"{figures.value:.4g}"
-            if split == "report":
-                cells[split] += f" [{figures.low:.4g}, {figures.high:.4g}]"
+            cells[split] = f"{figures.value:.4g} [{figures.low:.4g}, {figures.high:.4g}]"
         elif split in entry.means:
             mean, spread = entry.means[split]
             cells[split] = f"{mean:.4g} ± {spread:.2g}"
@@ -279,7 +278,10 @@ def _costs(loaded: Loaded, folder: Path) -> list[dict[str, str]]:
         row = {"checkpoint": name, "files": _size(size)}
         if size <= _MOST_BYTES:
             try:
-                row["tokens/s, prompts"] = f"{_speed(loaded, model or _again(loaded, where)):.4g}"
+                whole = model or _again(loaded, where)
+                row["weights in memory"] = _size(weights_of(whole))
+                row["tokens/s, prompts"] = f"{_speed(loaded, whole):.4g}"
+                row["tokens/s, answers"] = f"{answer_speed(loaded, whole):.4g}"
             except SearchlabError as error:
                 row["tokens/s, prompts"] = str(error)
         rows.append(row)
