@@ -60,9 +60,10 @@ class Prepared:
 
     def __str__(self) -> str:
         blocks, experts = len(self.layout.blocks), self.layout.experts
+        keeps = "keeps up to" if self.options.front else "keeps"
         if self.keep is None:
-            return f"keeps {self.total} experts in all of {blocks} blocks"
-        return f"keeps {self.keep} of {experts} experts in each of {blocks} blocks"
+            return f"{keeps} {self.total} experts in all of {blocks} blocks"
+        return f"{keeps} {self.keep} of {experts} experts in each of {blocks} blocks"
 
     @property
     def router_mode(self) -> Any:

@@ -73,7 +73,7 @@ class SpreadForward(LayeredForward):
         self._devices = devices_of(self.model)
         if stages is None:
             cuts = [n for n in range(1, self.layers) if self._devices[n] != self._devices[n - 1]]
-            stages = np.split(np.arange(self.layers), cuts)
+            stages = [part.tolist() for part in np.split(np.arange(self.layers), cuts)]
         self.stages = [[int(layer) for layer in stage] for stage in stages]
         if [n for stage in self.stages for n in stage] != list(range(self.layers)):
             raise ConfigError(
