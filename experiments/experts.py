@@ -52,7 +52,9 @@ class ExpertsOptions:
     model: str = _option("zoo", "folder or hub id of the model; zoo: the bundled character model")
     family: str | None = _option(None, "YAML table of a model family that is not known")
     task: str | None = _option(
-        None, "JSON lines of prompt, options, answer; for zoo also a name: arithmetic, code, ..."
+        None,
+        "JSON lines of prompt, options, answer; lm-eval:NAME or lm-eval:FILE.yaml for a task of "
+        "lm-evaluation-harness; for zoo also a name: arithmetic, code, ...",
     )
     metric: Literal[
         "options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"
@@ -67,6 +69,11 @@ class ExpertsOptions:
     groups: str = _option("block", "blocks that share their choice: block, or how many groups")
     merge: bool = _option(False, "a second stage mixes kept and dropped experts")
     per_block: bool = _option(False, "blocks may keep different numbers, under one total")
+    front: bool = _option(
+        False,
+        "quality, memory and active operations at once: numbers of kept (up to --keep, --memory) "
+        "and of active experts are free",
+    )
     router_mode: Literal["slice", "prob", "logit"] | None = _option(
         None, "slice: only kept experts are scored, loads everywhere; prob: all are (paper)"
     )
@@ -90,7 +97,8 @@ class ExpertsOptions:
     guided: bool = _option(False, "a predictor chooses among the algorithm's proposals")
     smooth: float | None = _option(
         None,
-        "what a nat costs on search and selection items, for metrics of options; 0.5, paper: 0",
+        "what a nat costs on search and selection items, for metrics of options; 0.5; 0 for the "
+        "preset paper and for fronts",
     )
     race: bool = _option(True, "candidates that cannot enter the pool stop early; exact")
     together: int = _option(8, "candidates that share a forward pass")
@@ -98,7 +106,7 @@ class ExpertsOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "of the weights; auto: as stored, float32 on the CPU"
     )
-    device: str | None = _option(None, "torch device; cuda where there is one")
+    device: str | None = _option(None, "torch device, or spread: layers on all GPUs")
     threads: int | None = _option(None, "torch threads; 1 for zoo")
     seed: int = _option(0, "the one seed of the search")
     lag: int | Literal["free"] | None = _option(
@@ -127,12 +135,20 @@ class ExpertsOptions:
             raise ConfigError(f"timeout {self.timeout}; allowed: more than 0 seconds")
         if self.merges and self.per_block:
             raise ConfigError("merge with per_block; allowed: one count for all blocks")
+        for what in ("merge", "guided"):
+            if self.front and (getattr(self, what) or self.preset == "paper"):
+                what = "preset paper" if self.preset == "paper" else what
+                raise ConfigError(f"front with {what}; allowed: pruning by the default preset")
+        if self.front and self.target is not None:
+            raise ConfigError(f"front with target {self.target:g}; allowed: a budget")
         if self.router_mode == "logit" and not self.merges:
             raise ConfigError("router_mode 'logit' is for --merge; allowed: slice, prob")
         if self.preset == "paper" and self.limits().evaluations not in (None, sum(PAPER)):
             raise ConfigError(
                 f"budget {self.budget} with preset paper; allowed: none, it makes {sum(PAPER)}"
             )
+        if (self.task or "").startswith("lm-eval:") and self.chat == "on":
+            raise ConfigError("chat 'on' with a task of lm-eval; allowed: auto, off")
         if self.task is None and self.model != "zoo":
             raise ConfigError(f"no task for {self.model!r}; allowed: --task FILE of JSON lines")
         if self.final is not None:
@@ -145,7 +161,8 @@ class ExpertsOptions:
 
         if self.smooth is not None:
             return self.smooth
-        return SMOOTH if self.preset == "default" and self.metric in CHOICES else 0.0
+        plain = self.preset == "paper" or self.front or self.metric not in CHOICES
+        return 0.0 if plain else SMOOTH
 
     @property
     def merges(self) -> bool:
@@ -191,6 +208,7 @@ class ExpertsOptions:
 def build(options: ExpertsOptions) -> SearchConfig:
     """The configuration of a run; everything that can be wrong is looked at before the weights."""
     from searchlab.config import SearchConfig
+    from searchlab.experiments import experts_front as front
     from searchlab.experiments.experts_setup import keep_loaded, prepare
     from searchlab.experiments.experts_stages import final_of, stages_of
 
@@ -198,11 +216,11 @@ def build(options: ExpertsOptions) -> SearchConfig:
     print(prepared, file=sys.stderr)
     loaded = prepared.load()
     config = SearchConfig(
-        tuple(stages_of(loaded)),
+        (front.stage_of(loaded),) if options.front else tuple(stages_of(loaded)),
         name=RECIPE.name,
         seed=options.seed,
         lag=options.lag,
-        final=final_of(loaded),
+        final=front.final_of() if options.front else final_of(loaded),
         recipe=RECIPE.name,
         options=asdict(options),
     )
