@@ -128,7 +128,7 @@ def _table(journal: Journal, quick: bool, *, task: str, keep: str, strict: bool)
     known = dict(
         zip(loaded.known, item_scores(loaded, np.stack(list(loaded.known.values()))), strict=True)
     )
-    rankings = {
+    rankings: dict[str, Any] = {
         name: {"report": float(own.mean()), "found_more": _paired(found, own)}
         for name, own in known.items()
     }
