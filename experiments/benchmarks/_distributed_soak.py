@@ -67,7 +67,7 @@ def run_soak(journal: Journal, seconds: float) -> None:
     runs = differ = 0
     with tempfile.TemporaryDirectory() as name, head(cpus=0) as (address, _):
         node = Node("--num-cpus", "2", address=address).wait()
-        hunter = Hunter(lambda: node.pids(WORKER), 3, pause=(2.0, 4.0))
+        hunter = Hunter(lambda: node.pids(WORKER), 3, pause=(1.5, 3.0))
 
         def once(number: int) -> bool:
             hunter.armed = False
