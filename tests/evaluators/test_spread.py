@@ -82,8 +82,9 @@ def collected(forward: LayeredForward, batches: list[Batch], kept: Any) -> dict[
     }
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", TINY_MOE)
+@pytest.mark.parametrize(
+    ("name", "packed"), [*((name, True) for name in TINY_MOE), ("mixtral", False)]
+)
 def test_stages_change_no_bit_and_the_host_waits_for_nothing(name: str, packed: bool) -> None:
     resident = resident_of(name)
     batches, kept = batches_of(packed), masks_of(resident, 5)
@@ -102,6 +103,24 @@ def test_stages_change_no_bit_and_the_host_waits_for_nothing(name: str, packed: 
     plain.steady = False
     for other in (collected(whole, batches, kept), collected(plain, batches, kept)):
         assert all(torch.equal(found[key], other[key]) for key in found)
+
+
+def test_hooks_of_a_device_map_do_not_disturb() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    resident = resident_of("qwen2_moe")
+    batches, kept = batches_of(True), masks_of(resident, 3)
+    want = collected(SpreadForward(resident, stages=[[0], [1, 2]]), batches, kept)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{n}": "cpu" for n in range(3)} | {"lm_head": "cpu"}
+    model = accelerate.dispatch_model(resident.model, places, force_hooks=True)
+    assert hasattr(model.model.layers[0], "_hf_hook")
+    forward = SpreadForward(ResidentExperts(model), stages=[[0], [1, 2]])
+    collected(forward, batches, kept)
+    calls = Calls()
+    with calls:
+        found = collected(forward, batches, kept)
+    assert calls.waits() == {}
+    assert all(torch.equal(found[key], want[key]) for key in want)
 
 
 def test_a_host_that_waits_is_noticed() -> None:
