@@ -25,7 +25,8 @@ Floats = NDArray[np.float64]
 MEMBERS_FROM = {"gbdt": 100}  # labels below which a member is not worth its fit
 JUDGED = 10  # labels from which on weights are fitted
 # Weights before any label is seen, as ratios.
-_BELIEF = {"additive": 1.5, "gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}
+_BELIEF = {"additive": 0.7, "gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}
+_ALONE = {"additive": 4.0}  # without signals `gp` knows only how many elements differ
 _WORTH = 60.0  # labels that this belief is worth
 
 
@@ -70,14 +71,15 @@ class Stack(BasePredictor):
             )
         self.wanted = tuple(members)
         self._parts: Parts | None = None
-        self._several = True
+        self._several, self._alone = True, False
         self.members = {name: _member(name) for name in members}
         self.weights = self._belief()
         self._scale = 1.0
         self._unseen: Floats | None = None
 
     def _belief(self) -> Floats:
-        belief = np.array([_BELIEF[name] for name in self.members])
+        ratios = _BELIEF | _ALONE if self._alone else _BELIEF
+        belief = np.array([ratios[name] for name in self.members])
         out: Floats = belief / belief.sum()
         return out
 
@@ -86,7 +88,7 @@ class Stack(BasePredictor):
         self._several = len(inputs.space.variables) > 1
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
-        n = len(targets)
+        n, self._alone = len(targets), not features.signals.shape[1]
         names = [name for name in self.wanted if n >= MEMBERS_FROM.get(name, 0)]
         names = [name for name in names if name != "additive" or self._several]
         self.members = {name: _member(name, self._parts) for name in names or self.wanted}

@@ -66,7 +66,7 @@ def test_variables_that_do_not_matter_get_little() -> None:
     labels = [effects[at] for at in np.flatnonzero(parts.kind == 1)]
     assert labels[0] > 2 * labels[3]
     found = [tau(one.rank(table_of(space, fresh)), losses(fresh)) for one in (own, other)]
-    assert found[0] > 0.85
+    assert found[0] > 0.8
     assert found[0] > found[1] + 0.05
 
 
