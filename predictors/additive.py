@@ -194,10 +194,12 @@ class Additive(Process):
         variances = np.exp(self._log)
         kind, part = self.parts.kind, self.parts.part
         linear = np.where(kind == _BEND, 0.0, variances[: len(kind)])
-        out = variances[-2] + variances[: len(kind)][kind == _BEND].sum()
-        out = out + (self.parts(features.x) ** 2) @ linear[part]
+        out: Floats = (self.parts(features.x) ** 2) @ linear[part]
+        out += variances[-2] + variances[: len(kind)][kind == _BEND].sum()
         s = features.signals
-        return out + (variances[-3] * (s**2).mean(axis=1) if s.shape[1] else 0.0)
+        if s.shape[1]:
+            out += variances[-3] * (s**2).mean(axis=1)
+        return out
 
     def _state(self) -> State:
         assert self.parts is not None
