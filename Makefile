@@ -31,8 +31,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The tests start hundreds of processes: each would compile what none may keep.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 bench-quick: setup
 	@for file in experiments/benchmarks/[a-z]*.py; do \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -19,12 +20,42 @@ from searchlab.variables import Choice, Integer, Variable
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["KINDS", "Kind", "TableSpace", "file_digest", "make_space", "numbers", "read_table"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "TableSpace",
+    "file_digest",
+    "make_space",
+    "numbers",
+    "published_folder",
+    "read_table",
+]
 
 Kind = Literal["auto", "choice", "integer", "digits"]
 KINDS = ("auto", "choice", "integer", "digits")
 MOST_GAPS = 200  # candidates of the product for one row; sparser tables cannot be sampled
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
+
+
+def published_folder(
+    folder: str | Path | None, name: str, title: str, files: Sequence[str]
+) -> Path:
+    """The folder of a published data set: the given one, or `name` in $SEARCHLAB_DATA.
+
+    Raises:
+        ConfigError: neither is set, or one of the files is not there.
+    """
+    if folder is None:
+        base = os.environ.get("SEARCHLAB_DATA")
+        if not base:
+            raise ConfigError(
+                f"no folder of {title}; allowed: a path, or SEARCHLAB_DATA in the environment"
+            )
+        folder = Path(base) / name
+    for file in files:
+        if not (Path(folder) / file).is_file():
+            raise ConfigError(f"folder {str(folder)!r} of {title}; allowed: one with {file}")
+    return Path(folder)
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,6 @@ that of prompts. All settings are scored on the same prompts, so that their diff
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError, DataError
 from searchlab.evaluator import Signal
-from searchlab.evaluators._table_file import file_digest, read_table
+from searchlab.evaluators._table_file import file_digest, published_folder, read_table
 from searchlab.evaluators.table import TableEvaluator
 from searchlab.uniforms import uniforms
 
@@ -47,17 +46,8 @@ def flasheval_folder(folder: str | Path | None = None, *, dataset: str = "diffus
     Raises:
         ConfigError: neither is set, or a file of the dataset is not there.
     """
-    if folder is None:
-        base = os.environ.get("SEARCHLAB_DATA")
-        if not base:
-            raise ConfigError(
-                "no folder of FlashEval; allowed: a path, or SEARCHLAB_DATA in the environment"
-            )
-        folder = Path(base) / "flasheval"
-    for name in (CONFIGS, f"{dataset}.npz"):
-        if not (Path(folder) / name).is_file():
-            raise ConfigError(f"folder {str(folder)!r} of FlashEval; allowed: one with {name}")
-    return Path(folder)
+    files = [CONFIGS, f"{dataset}.npz"]
+    return published_folder(folder, "flasheval", "FlashEval", files)
 
 
 class FlashEval(TableEvaluator):

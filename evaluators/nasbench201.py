@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from searchlab.errors import ConfigError
 from searchlab.evaluator import Signal
+from searchlab.evaluators._table_file import published_folder
 from searchlab.evaluators.table import TableEvaluator
 
 __all__ = ["DATASETS", "nasbench201", "nasbench201_folder"]
@@ -33,16 +33,7 @@ def nasbench201_folder(folder: str | Path | None = None) -> Path:
     Raises:
         ConfigError: neither is set, or the file is not there.
     """
-    if folder is None:
-        base = os.environ.get("SEARCHLAB_DATA")
-        if not base:
-            raise ConfigError(
-                "no folder of NAS-Bench-201; allowed: a path, or SEARCHLAB_DATA in the environment"
-            )
-        folder = Path(base) / "nasbench201"
-    if not (Path(folder) / FILE).is_file():
-        raise ConfigError(f"folder {str(folder)!r} of NAS-Bench-201; allowed: one with {FILE}")
-    return Path(folder)
+    return published_folder(folder, "nasbench201", "NAS-Bench-201", [FILE])
 
 
 def nasbench201(

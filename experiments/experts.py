@@ -48,7 +48,9 @@ class ExpertsOptions:
     model: str = _option("zoo", "folder or hub id of the model; zoo: the bundled character model")
     family: str | None = _option(None, "YAML table of a model family that is not known")
     task: str | None = _option(
-        None, "JSON lines of prompt, options, answer; for zoo also a name: arithmetic, code, ..."
+        None,
+        "JSON lines of prompt, options, answer; lm-eval:NAME or lm-eval:FILE.yaml for a task of "
+        "lm-evaluation-harness; for zoo also a name: arithmetic, code, ...",
     )
     metric: Literal[
         "options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"
@@ -63,6 +65,11 @@ class ExpertsOptions:
     groups: str = _option("block", "blocks that share their choice: block, or how many groups")
     merge: bool = _option(False, "a second stage mixes kept and dropped experts")
     per_block: bool = _option(False, "blocks may keep different numbers, under one total")
+    front: bool = _option(
+        False,
+        "quality, memory and active operations at once: numbers of kept (up to --keep, --memory) "
+        "and of active experts are free",
+    )
     router_mode: Literal["slice", "prob", "logit"] | None = _option(
         None, "slice: only kept experts are scored, loads everywhere; prob: all are (paper)"
     )
@@ -90,7 +97,7 @@ class ExpertsOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "of the weights; auto: as stored, float32 on the CPU"
     )
-    device: str | None = _option(None, "torch device; cuda where there is one")
+    device: str | None = _option(None, "torch device, or spread: layers on all GPUs")
     threads: int | None = _option(None, "torch threads; 1 for zoo")
     seed: int = _option(0, "the one seed of the search")
     lag: int | Literal["free"] | None = _option(
@@ -119,12 +126,20 @@ class ExpertsOptions:
             raise ConfigError(f"timeout {self.timeout}; allowed: more than 0 seconds")
         if self.merges and self.per_block:
             raise ConfigError("merge with per_block; allowed: one count for all blocks")
+        for what in ("merge", "guided"):
+            if self.front and (getattr(self, what) or self.preset == "paper"):
+                what = "preset paper" if self.preset == "paper" else what
+                raise ConfigError(f"front with {what}; allowed: pruning by the default preset")
+        if self.front and self.target is not None:
+            raise ConfigError(f"front with target {self.target:g}; allowed: a budget")
         if self.router_mode == "logit" and not self.merges:
             raise ConfigError("router_mode 'logit' is for --merge; allowed: slice, prob")
         if self.preset == "paper" and self.limits().evaluations not in (None, sum(PAPER)):
             raise ConfigError(
                 f"budget {self.budget} with preset paper; allowed: none, it makes {sum(PAPER)}"
             )
+        if (self.task or "").startswith("lm-eval:") and self.chat == "on":
+            raise ConfigError("chat 'on' with a task of lm-eval; allowed: auto, off")
         if self.task is None and self.model != "zoo":
             raise ConfigError(f"no task for {self.model!r}; allowed: --task FILE of JSON lines")
         if self.final is not None:
@@ -175,18 +190,20 @@ class ExpertsOptions:
 def build(options: ExpertsOptions) -> SearchConfig:
     """The configuration of a run; everything that can be wrong is looked at before the weights."""
     from searchlab.config import Final, SearchConfig
+    from searchlab.experiments.experts_front import final_of, stage_of
     from searchlab.experiments.experts_setup import keep_loaded, prepare
     from searchlab.experiments.experts_stages import stages_of
 
     prepared = prepare(options)
     print(prepared, file=sys.stderr)
     loaded = prepared.load()
+    final = final_of() if options.front else Final(k=5, report=1, named=tuple(loaded.known))
     config = SearchConfig(
-        tuple(stages_of(loaded)),
+        (stage_of(loaded),) if options.front else tuple(stages_of(loaded)),
         name=RECIPE.name,
         seed=options.seed,
         lag=options.lag,
-        final=Final(k=5, report=1, named=tuple(loaded.known)),
+        final=final,
         recipe=RECIPE.name,
         options=asdict(options),
     )

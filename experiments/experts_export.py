@@ -12,6 +12,7 @@ import numpy as np
 from searchlab.config import SearchConfig
 from searchlab.errors import ConfigError, DataError
 from searchlab.evaluator import identity_digest
+from searchlab.experiments.experts_front import write_front
 from searchlab.result import Result
 
 __all__ = ["FORMS", "export", "plan_of", "source_folder"]
@@ -80,18 +81,20 @@ def export(config: SearchConfig, result: Result, directory: Path, form: str) -> 
     if form not in ("", *FORMS):
         raise ConfigError(f"--to {form!r}; allowed: {', '.join(FORMS)}")
     plan = plan_of(config, result)
+    members = write_front(config, result, directory)
     genotype = directory / "genotype.json"
     if form != "json":
         location = str(config.options["model"])
         name = "searchlab character model" if location == "zoo" else location
         try:
-            return export_checkpoint(source_folder(location), plan, directory, base=name)
+            written = export_checkpoint(source_folder(location), plan, directory, base=name)
+            return [*written, *members]
         except ConfigError as error:
             if form:
                 raise
             print(f"searchlab: no checkpoint: {error}", file=sys.stderr)
             (directory / REASON).write_text(f"{error}\n", "utf-8")
             genotype.write_text(json.dumps(plan.to_json(), indent=1) + "\n", "utf-8")
-            return [genotype, directory / REASON]
+            return [genotype, directory / REASON, *members]
     genotype.write_text(json.dumps(plan.to_json(), indent=1) + "\n", "utf-8")
-    return [genotype]
+    return [genotype, *members]

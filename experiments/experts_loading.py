@@ -10,7 +10,7 @@ from typing import Any
 from searchlab.errors import ConfigError, DataError
 from searchlab.experiments.zoo.characters import CHARACTERS
 
-__all__ = ["ModelSource", "load_model", "open_model", "weight_bytes"]
+__all__ = ["SPREAD", "ModelSource", "check_device", "load_model", "open_model", "weight_bytes"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def open_model(location: str) -> ModelSource:
     try:
         config = AutoConfig.from_pretrained(location)
         tokenizer = AutoTokenizer.from_pretrained(location)
+        tokenizer.model_max_length = 2**62  # too long prompts are named here, by their items
     except Exception as error:  # whatever transformers raises for what lies there
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"model {location!r} cannot be opened: {reason}") from None
@@ -76,15 +77,37 @@ def open_model(location: str) -> ModelSource:
     return ModelSource(location, config, tokenizer, folder, generation)
 
 
+SPREAD = "spread"
+
+
+def check_device(device: str | None) -> None:
+    """Raises ConfigError for a device that is not here."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *(f"cuda:{n}" for n in range(count))]
+    here += ["cuda"] if count else []
+    if device == SPREAD:
+        if count < 2 or importlib.util.find_spec("accelerate") is None:
+            raise ConfigError(
+                f"device {device!r} with {count} GPUs; allowed: two or more, and accelerate "
+                "(pip install accelerate)"
+            )
+    elif device is not None and device not in here:
+        raise ConfigError(f"device {device!r} is not here; allowed: {', '.join(here)}")
+
+
 def load_model(source: ModelSource, *, dtype: str = "auto", device: str | None = None) -> Any:
     """The model with its weights, ready to be asked.
 
     Args:
         source: see `open_model`.
         dtype: "auto" = float32 on the CPU, as stored elsewhere.
-        device: "cuda", "cuda:1", "cpu"; None = cuda where there is one.
+        device: "cuda", "cuda:1", "cpu"; "spread" divides the layers among all GPUs; None = cuda
+            where there is one.
 
     Raises:
+        ConfigError: no such device.
         DataError: the weights cannot be loaded, or some are missing.
     """
     import torch
@@ -94,11 +117,15 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: str | None =
     logging.disable_progress_bar()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    spread = device == SPREAD
+    if not spread and dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     try:
         model, said = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, output_loading_info=True
+            source.location,
+            dtype=dtype,
+            output_loading_info=True,
+            **({"device_map": "balanced"} if spread else {}),
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -109,6 +136,8 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: str | None =
             f"model {source.location!r} lacks {len(lacking)} tensors, such as {lacking[0]}; they "
             "would be random"
         )
+    if spread:
+        return model.eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
         model.set_experts_implementation("eager")
     return model.to(device).eval().requires_grad_(False)

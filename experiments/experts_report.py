@@ -25,6 +25,7 @@ from searchlab.experiments.experts_figures import figure_kept
 from searchlab.experiments.experts_judge import Judgement, judge
 from searchlab.experiments.experts_loading import load_model, open_model
 from searchlab.experiments.experts_setup import Loaded, loaded_of
+from searchlab.experiments.experts_speed import answer_speed, weights_of
 from searchlab.population import OK, Jobs, Population
 from searchlab.report import Section
 from searchlab.result import Result
@@ -66,14 +67,19 @@ def sections(config: SearchConfig, result: Result) -> list[Section]:
     winners = [group.winner for group in result.groups if group.winner is not None]
     if loaded is None or not winners:
         return []
-    entries = compared(loaded, config, result)
-    out = [
-        Section(
-            "Experts: everything on the same items",
-            text=_text(loaded, entries),
-            table=[_row(entry, entries) for entry in entries],
-        )
-    ]
+    if result.trade_offs is not None:
+        from searchlab.experiments.experts_front_report import front_sections
+
+        out = front_sections(loaded, config, result)
+    else:
+        entries = compared(loaded, config, result)
+        out = [
+            Section(
+                "Experts: everything on the same items",
+                text=_text(loaded, entries),
+                table=[_row(entry, entries) for entry in entries],
+            )
+        ]
     (plan,) = config.stages[-1].space.plans(winners[-1].population)
     reap = loaded.known.get("reap")
     figure = figure_kept(
@@ -82,6 +88,9 @@ def sections(config: SearchConfig, result: Result) -> list[Section]:
     merged = " Rows of merged experts count for the one they have most of." if plan.merge else ""
     caption = f"Experts that stay, of {plan.experts} in each layer.{merged}"
     out.append(Section("Kept experts", figure=figure, caption=caption))
+    from searchlab.experiments.experts_harness import harness_sections
+
+    out += harness_sections(loaded, config, result)
     folder = None if result.out is None else result.out / "export"
     if folder is not None and (folder / "config.json").is_file():
         out.append(Section("Memory and speed", table=_costs(loaded, folder)))
@@ -223,9 +232,7 @@ def _row(entry: Entry, entries: list[Entry]) -> dict[str, str]:
     for split, _ in SPLITS:
         if split in entry.splits:
             figures, _scores = entry.splits[split]
-            cells[split] = f"{figures.value:.4g}"
-            if split == "report":
-                cells[split] += f" [{figures.low:.4g}, {figures.high:.4g}]"
+            cells[split] = f"{figures.value:.4g} [{figures.low:.4g}, {figures.high:.4g}]"
         elif split in entry.means:
             mean, spread = entry.means[split]
             cells[split] = f"{mean:.4g} ± {spread:.2g}"
@@ -271,7 +278,10 @@ def _costs(loaded: Loaded, folder: Path) -> list[dict[str, str]]:
         row = {"checkpoint": name, "files": _size(size)}
         if size <= _MOST_BYTES:
             try:
-                row["tokens/s, prompts"] = f"{_speed(loaded, model or _again(loaded, where)):.4g}"
+                whole = model or _again(loaded, where)
+                row["weights in memory"] = _size(weights_of(whole))
+                row["tokens/s, prompts"] = f"{_speed(loaded, whole):.4g}"
+                row["tokens/s, answers"] = f"{answer_speed(loaded, whole):.4g}"
             except SearchlabError as error:
                 row["tokens/s, prompts"] = str(error)
         rows.append(row)

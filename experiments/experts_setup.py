@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from searchlab.errors import ConfigError
 from searchlab.experiments.experts_loading import (
     ModelSource,
+    check_device,
     load_model,
     open_model,
     weight_bytes,
@@ -59,9 +60,10 @@ class Prepared:
 
     def __str__(self) -> str:
         blocks, experts = len(self.layout.blocks), self.layout.experts
+        keeps = "keeps up to" if self.options.front else "keeps"
         if self.keep is None:
-            return f"keeps {self.total} experts in all of {blocks} blocks"
-        return f"keeps {self.keep} of {experts} experts in each of {blocks} blocks"
+            return f"{keeps} {self.total} experts in all of {blocks} blocks"
+        return f"{keeps} {self.keep} of {experts} experts in each of {blocks} blocks"
 
     @property
     def router_mode(self) -> Any:
@@ -101,11 +103,11 @@ class Prepared:
             flat=self.options.flat,
         )
 
-    def load(self) -> Loaded:
-        """The weights, and one pass over the search items."""
+    def load(self, *, rankings: bool = True) -> Loaded:
+        """The weights, and one pass over the search items where rankings of experts are wanted."""
         import torch
 
-        from searchlab.evaluators.language.calibration import baselines, calibrate
+        from searchlab.evaluators.language.calibration import SCORES, baselines, calibrate
         from searchlab.evaluators.language.experts import experts_evaluator
         from searchlab.evaluators.language.problem import LanguageProblem
         from searchlab.evaluators.language.static_figures import StaticFigures
@@ -126,6 +128,10 @@ class Prepared:
             prompts=self.prompts,
             at_once=options.together,
         )
+        travels = _travels(evaluator, options, "prune")
+        if not (rankings or options.guided):
+            nothing = np.zeros((len(self.layout.blocks), self.layout.experts))
+            return Loaded(self, resident, space, travels, {}, nothing)
         # Generation has no batches: the router is then watched on prompts with right answers.
         problem = evaluator.problem
         if self.settings.metric == "exact_match":
@@ -137,7 +143,9 @@ class Prepared:
         if options.guided:
             evaluator.add_signals(StaticFigures(calibration))
         known, used = baselines(space, calibration), calibration.counts
-        return Loaded(self, resident, space, _travels(evaluator, options, "prune"), known, used)
+        scores = {name: calibration.scores(name) for name in SCORES}
+        travels = _travels(evaluator, options, "prune")
+        return Loaded(self, resident, space, travels, known, used, scores)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ class Loaded:
         space, evaluator: of kept experts.
         known: baseline -> mask (L, E).
         used: (L, E), how often the full model chose an expert in the search items.
+        scores: ranking -> (L, E), by which `known` keeps experts.
     """
 
     prepared: Prepared
@@ -158,6 +167,7 @@ class Loaded:
     evaluator: ExpertsEvaluator
     known: Mapping[str, NDArray[np.bool_]]
     used: NDArray[np.float64]
+    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def merged(self, space: MergingSpace) -> ExpertsEvaluator:
         """The evaluator of merged experts, on the same items."""
@@ -230,29 +240,38 @@ def prepare(options: ExpertsOptions) -> Prepared:
     from searchlab.evaluators.language.prompts import Prompts
     from searchlab.evaluators.noise import BANKS
     from searchlab.spaces.experts import family_of, layout_of, resolve_keep
+    from searchlab.spaces.experts.files import layout_of_files, read_config
 
-    task = _task(options)
+    task, harness = _task(options), (options.task or "").startswith("lm-eval:")
+    table = None if options.family is None else Path(options.family)
+    if (Path(options.model) / "config.json").is_file():  # transformers may not know it at all
+        family_of(read_config(options.model), table)
     source = open_model(options.model)
-    family = family_of(source.config, None if options.family is None else Path(options.family))
-    layout = replace(layout_of(source.config, family), total_bytes=weight_bytes(source))
+    family = family_of(source.config, table)
+    layout = layout_of(source.config, family)
+    if source.folder is not None and (size := weight_bytes(source)):
+        # As stored: quantised experts are smaller than the configuration's dtype says.
+        each = layout_of_files(source.folder, family).expert_bytes
+        layout = replace(layout, expert_bytes=each, total_bytes=size)
     keep = options.keep
     if keep is None and options.memory is None:
-        keep = "50%"
+        keep = "100%" if options.front else "50%"
     each, total = resolve_keep(
         layout,
         keep=keep,
         memory=options.memory,
         per_block=options.per_block,
-        top_k=options.active,
+        top_k=1 if options.front and options.active is None else options.active,
         flat=options.flat,
     )
     for folder in options.foreign().values():
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"baseline folder {folder!r} has no config.json")
+    check_device(options.device)
     prompts = Prompts(
         source.tokenizer,
         limit=source.context,
-        chat={"auto": None, "on": True, "off": False}[options.chat],
+        chat=None if options.chat == "auto" and not harness else options.chat == "on",
         stops=source.stops,
     )
     settings = LanguageSettings(
@@ -262,6 +281,10 @@ def prepare(options: ExpertsOptions) -> Prepared:
     prepared.pruning()
     if options.merges:
         prepared.merging()
+    if options.front:
+        from searchlab.experiments.experts_front import space_of
+
+        space_of(prepared)
     # Items are looked at with a metric that needs no model but refuses what the real one would.
     problem = LanguageProblem(
         task, prompts, settings, answer=lambda contexts: [(0,)] * len(contexts)
@@ -272,9 +295,13 @@ def prepare(options: ExpertsOptions) -> Prepared:
 
 
 def _task(options: ExpertsOptions) -> Task:
+    from searchlab.evaluators.language.harness import PREFIX, HarnessTask
     from searchlab.evaluators.language.tasks import read_task
 
     name = options.task or "arithmetic"
+    if name.startswith(PREFIX):
+        found = HarnessTask.read(name)
+        return found if options.items is None else found.only(options.items)
     known = options.model == "zoo" and not Path(name).exists() and "/" not in name
     task = read_task(task_path(name) if known else name)
     return task if options.items is None else task.only(options.items)

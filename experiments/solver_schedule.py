@@ -32,6 +32,8 @@ __all__ = ["RECIPE", "SolverScheduleOptions", "build"]
 
 
 KEPT = 24  # best known points per number of calls that go on to the search
+_KNOWN: dict[tuple[str, str], Seeds] = {}
+_MOST_KNOWN = 8
 POOL = 8  # candidates whose signals are looked at for an evaluation
 
 
@@ -319,7 +321,19 @@ def _cheap(space: SolverScheduleSpace, known: Seeds, truth: int) -> CheapSignals
 
 
 def _known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:
-    """The whole family of known solvers at every number of calls, analytic variants apart."""
+    """The whole family of known solvers at every number of calls, analytic variants apart.
+
+    They take seconds, and runs of one process often have equal spaces: the latest are kept.
+    """
+    key = space.fingerprint, family
+    if key not in _KNOWN:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = _make_known_points(space, family)
+    return _KNOWN[key]
+
+
+def _make_known_points(space: SolverScheduleSpace, family: Literal["digits", "mixture"]) -> Seeds:
     from searchlab.algorithms.base import Seeds
     from searchlab.spaces.solver_schedule.families import analytic_first_family, fixed_family
 

@@ -173,7 +173,7 @@ def calibrate(
     sums = {name: np.zeros(shape) for name in ("counts", "soft", "norms", "gated")}
 
     def observe(block: int, router: Any, experts: Any, x: Tensor, batch: Batch) -> None:
-        flat = x.reshape(-1, x.shape[-1])[batch.real.reshape(-1)]
+        flat = x.reshape(-1, x.shape[-1])[batch.real.reshape(-1).to(x.device)]
         logits, weights, index = router(flat)
         weights = weights.float()
         gates = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-20)

@@ -35,6 +35,7 @@ from searchlab.evaluators.language.problem import (
 )
 from searchlab.evaluators.language.prompts import Prompts, Tokenizer
 from searchlab.evaluators.language.scoring import Divergence, ItemScores
+from searchlab.evaluators.language.spread import SpreadForward, devices_of
 from searchlab.evaluators.language.static_figures import StaticFigures
 from searchlab.evaluators.language.streaming import WeightStream
 from searchlab.evaluators.language.tasks import Task
@@ -127,7 +128,7 @@ class ExpertsEvaluator:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        return (self.problem.objective, *(Objective(name, "min") for name in self._also))
+        return (self.problem.objective, *(_figure(name) for name in self._also))
 
     @property
     def fidelities(self) -> tuple[Fidelity, ...]:
@@ -212,7 +213,13 @@ class ExpertsEvaluator:
 
     def base(self, split: Split) -> Summary:
         """Figures of the unchanged model."""
-        return self._summaries(self._base, split)[0]
+        with self._unchanged():
+            return self._summaries(self._base, split)[0]
+
+    def _unchanged(self) -> AbstractContextManager[None]:
+        """Inside, the base is routed as the model itself is, whatever candidates do."""
+        forward = self.forward
+        return forward.routed() if isinstance(forward, LayeredForward) else nullcontext()
 
     def _summaries(self, given: Any, split: Split) -> list[Summary]:
         part = self.problem.part(split)
@@ -252,8 +259,9 @@ class ExpertsEvaluator:
             return
         if isinstance(questions, Divergence):
             unknown = [b.batch for b in blocks if b.batch and not questions.knows(b.batch)]
-            for batch, _, logits in self._logits(unknown, self._base):
-                questions.remember(batch, logits)
+            with self._unchanged():
+                for batch, _, logits in self._logits(unknown, self._base):
+                    questions.remember(batch, logits)
         batches = [block.batch for block in blocks if block.batch is not None]
         for batch, who, logits in self._logits(batches, given):
             yield batch.items, who, questions.score(batch, logits)
@@ -263,7 +271,7 @@ class ExpertsEvaluator:
     ) -> Iterator[tuple[Batch, NDArray[np.int64], Tensor]]:
         if not batches:
             return
-        if isinstance(self.forward, LayeredForward) and self.forward.streams:
+        if isinstance(self.forward, LayeredForward) and self.forward.sweeps:
             for number, who, logits in self.forward.sweep(batches, given):
                 yield batches[number], who, logits
             return
@@ -287,6 +295,10 @@ class ExpertsEvaluator:
             within=lambda rows: within(given, rows // size),
         )
         return [answers[row * size : (row + 1) * size] for row in range(k)]
+
+
+def _figure(name: str) -> Objective:
+    return Objective(name, "min", unit={"bytes": "B", "flops": "FLOP/token"}.get(name, ""))
 
 
 def _hopeless(
@@ -341,7 +353,8 @@ def experts_evaluator(
         "router_mode": str(getattr(space, "router_mode", "slice")),
     }
     if forward is None:
-        forward = LayeredForward(resident, **routing)
+        spread = len(set(devices_of(model))) > 1
+        forward = (SpreadForward if spread else LayeredForward)(resident, **routing)
     else:
         forward.active, forward.flat = routing["active"], bool(routing["flat"])
         forward.router_mode = str(routing["router_mode"])

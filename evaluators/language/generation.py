@@ -129,11 +129,11 @@ class ExactMatch:
         self.contexts = []
         for number, item in enumerate(self.items):
             if not item.accepted:
-                raise DataError(f"item {number + 1} has no answer; exact match needs one")
+                raise DataError(f"{item.called(number)} has no answer; exact match needs one")
             context = self.prompts.context(item)
             self.prompts.check(
                 len(context) + self.new_tokens,
-                f"item {number + 1} with {self.new_tokens} generated tokens",
+                f"{item.called(number)} with {self.new_tokens} generated tokens",
             )
             self.contexts.append(context)
 

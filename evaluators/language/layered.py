@@ -43,6 +43,7 @@ class Masked(Protocol):
         top_k: int | None = None,
         flat: bool = False,
         router_mode: Any = "slice",
+        only: int | None = None,
     ) -> AbstractContextManager[Any]: ...
 
 
@@ -142,11 +143,17 @@ class LayeredForward:
         self.router_mode = router_mode
         self.remember = 0 if self.streams else remember
         self.computed = {"attention": 0, "experts": 0}
+        self.steady = True  # equal rows have equal bits on a CPU, and are computed once
         self.observe: Callable[[int, Any, Any, Tensor, Batch], None] | None = None
         self._decoder: Any = self.model.model
         self._block_of = {layer: n for n, layer in enumerate(resident.layout.blocks)}
         self._states = States(self.remember)
         self._pairs: dict[int, bool] = {}  # layer -> whether its block returns its routing too
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether batches had better be given all at once."""
+        return self.streams
 
     @property
     def layers(self) -> int:
@@ -161,6 +168,18 @@ class LayeredForward:
     def forget(self) -> None:
         """Drops remembered states."""
         self._states.clear()
+
+    @contextmanager
+    def routed(
+        self, *, active: int | None = None, flat: bool = False, router_mode: str = "slice"
+    ) -> Iterator[None]:
+        """Inside, candidates are routed like this; without arguments as the model itself is."""
+        saved = self.active, self.flat, self.router_mode
+        self.active, self.flat, self.router_mode = active, flat, router_mode
+        try:
+            yield
+        finally:
+            self.active, self.flat, self.router_mode = saved
 
     def logits(self, batch: Batch, kept: Kept) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Yields (candidates (c,), logits (c, B, w, V)) until every candidate of kept (K, L, E)
@@ -198,7 +217,7 @@ class LayeredForward:
     def _quiet(self) -> Iterator[None]:
         """No gradients; steady experts on a CPU."""
         with torch.no_grad(), ExitStack() as stack:
-            if self.device.type == "cpu":
+            if self.steady and self.device.type == "cpu":
                 stack.enter_context(steady_experts(self.model))
             yield
 
@@ -223,7 +242,8 @@ class LayeredForward:
     def _prefix(self, layer: int, kept: Kept) -> bytes:
         """What a candidate's states before a layer depend on."""
         blocks = sum(block < layer for block in self._block_of)
-        return np.ascontiguousarray(kept[:blocks]).tobytes()
+        routing = f"{self.active} {self.flat} {self.router_mode} ".encode()
+        return routing + np.ascontiguousarray(kept[:blocks]).tobytes()
 
     def _deepest(self, batch: Batch, kept: Kept) -> tuple[int, bytes]:
         """The last layer before which a candidate's states are remembered, or 0."""
@@ -250,7 +270,7 @@ class LayeredForward:
         with forwards([*replaced, (self._decoder.norm, skip)]):
             self._decoder(
                 input_ids=batch.ids,
-                attention_mask=attention_of(self.model, batch),
+                attention_mask=self._attention(batch),
                 position_ids=batch.positions,
                 use_cache=False,
             )
@@ -258,6 +278,10 @@ class LayeredForward:
         for call in calls:
             del call["_hidden"]
         return hidden, calls
+
+    def _attention(self, batch: Batch) -> Tensor:
+        """A batch's mask as the model takes it."""
+        return attention_of(self.model, batch)
 
     def advance(self, state: Progress, layer: int) -> None:
         """All candidates of a batch through one layer."""
@@ -350,7 +374,7 @@ class LayeredForward:
                 own = same[start : start + step]
                 x = torch.cat([halves[parents[pair]][1] for pair in own])
                 masks = state.kept[members[own]]
-                which = torch.arange(len(own), device=x.device).repeat_interleave(rows)
+                which = torch.arange(len(own)).repeat_interleave(rows)  # read by the host
                 fill = -len(x) % (LANES // math.gcd(size, LANES))
                 if fill:
                     x = torch.cat([x, x[-1:].expand(fill, -1, -1)])
@@ -365,10 +389,11 @@ class LayeredForward:
                             top_k=self.active,
                             flat=self.flat,
                             router_mode=self.router_mode,
+                            only=block,
                         )
                     )
                     once = list(dict.fromkeys(parents[pair] for pair in own))
-                    if len(once) < len(own):
+                    if self.steady and len(once) < len(own):
                         stack.enter_context(self._once(experts, halves, once, own, parents, x))
                     out = experts(x)
                 self.computed["experts"] += len(x) * size

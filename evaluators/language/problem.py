@@ -188,8 +188,8 @@ class LanguageProblem:
         if settings.metric == "kl_self":
             assert self.answer is not None
             contexts = [self.prompts.context(item) for item in items]
-            for number, context in enumerate(contexts):
-                self.prompts.check(len(context) + settings.new_tokens, f"item {number + 1}")
+            for number, (item, context) in enumerate(zip(items, contexts, strict=True)):
+                self.prompts.check(len(context) + settings.new_tokens, item.called(number))
             questions = Divergence(items, self.prompts, self.answer(contexts))
         elif settings.metric == "perplexity":
             questions = Perplexity(items, self.prompts)

@@ -107,7 +107,7 @@ class MultipleChoice:
         for number, item in enumerate(self.items):
             if not item.options or item.answer is None:
                 raise DataError(
-                    f"item {number + 1} has no {'answer' if item.options else 'options'}; "
+                    f"{item.called(number)} has no {'answer' if item.options else 'options'}; "
                     "multiple choice needs both"
                 )
             context = self.prompts.context(item)
@@ -117,7 +117,7 @@ class MultipleChoice:
                 target = self.prompts.continuation(item, option)
                 if self.rule == "first_token":
                     target = target[:1]
-                self.prompts.check(len(context) + len(target), f"item {number + 1}")
+                self.prompts.check(len(context) + len(target), item.called(number))
                 self.queries.append(Query(number, context, target))
 
     def option_of(self, number: int, token: int) -> int:
@@ -206,8 +206,8 @@ class Perplexity:
             else:
                 context, target = context[:1], context[1:]
             if not target:
-                raise DataError(f"item {number + 1} has one token and no answer; allowed: more")
-            self.prompts.check(len(context) + len(target), f"item {number + 1}")
+                raise DataError(f"{item.called(number)} has one token and no answer; allowed: more")
+            self.prompts.check(len(context) + len(target), item.called(number))
             self.queries.append(Query(number, context, target))
         self._weight = len(self.queries) / sum(len(query.target) for query in self.queries)
 
@@ -259,7 +259,7 @@ class Divergence:
         self.queries = []
         for number, (item, answer) in enumerate(zip(self.items, self.answers, strict=True)):
             context = self.prompts.context(item)
-            self.prompts.check(len(context) + len(answer), f"item {number + 1} with its answer")
+            self.prompts.check(len(context) + len(answer), f"{item.called(number)} with its answer")
             self.queries.append(Query(number, context, tuple(answer)))
 
     def remember(self, batch: Batch, logits: Tensor) -> None:

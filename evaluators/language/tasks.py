@@ -6,7 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
@@ -33,12 +33,18 @@ class Item:
         answer: number of the right option; None where there are no options or no answer is known.
         accepted: texts that are right as a generated answer; the right option's where there are
             options.
+        line: where it stands in its file; 0 = in none. Items are equal without it.
     """
 
     prompt: str | tuple[Message, ...]
     options: tuple[str, ...] = ()
     answer: int | None = None
     accepted: tuple[str, ...] = ()
+    line: int = field(default=0, compare=False, repr=False)
+
+    def called(self, number: int) -> str:
+        """How messages name it: by its number in a list, from 0, and its line."""
+        return f"item {number + 1}" + (f" (line {self.line})" if self.line else "")
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -190,7 +196,8 @@ def _lines(path: Path) -> list[tuple[Item, Split | None]]:
         if not line.strip():
             continue
         try:
-            out.append(_item(line))
+            item, split = _item(line)
+            out.append((replace(item, line=number), split))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if not out:

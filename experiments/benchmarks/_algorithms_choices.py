@@ -251,7 +251,11 @@ def _setups() -> tuple[_Setup, ...]:
 
 GIVEN = {"listed", "paired_race", "profile", "race"}  # a list or a plan that ends: no search
 BY_OPTUNA = {"gp", "tpe"}  # rebuilt from Optuna's samplers, at Optuna's cost
-PREDICTS = {"guided", "staged"}  # measured beside what they save, in benchmarks of their own
+PREDICTS = {
+    "guided",
+    "kriging",
+    "staged",
+}  # measured beside what they save, in benchmarks of their own
 
 
 def costs(journal: Journal, quick: bool) -> None:

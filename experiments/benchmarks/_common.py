@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ __all__ = [
     "flags",
     "lacking",
     "other_parts",
+    "run_parts",
     "spread",
     "timed",
 ]
@@ -151,15 +153,29 @@ class Journal:
         return [*by_case.values()]
 
 
-def other_parts(options: argparse.Namespace) -> list[str]:
-    """The lines of `--out` that parts other than those of `--part` left there."""
-    if options.part is None or options.out is None or not options.out.exists():
+def other_parts(options: argparse.Namespace, *own: str) -> list[str]:
+    """The lines that parts other than `own`, or than those of `--part`, left in `--out`."""
+    parts = own or options.part
+    if parts is None or options.out is None or not options.out.exists():
         return []
     lines: list[dict[str, Any]] = json.loads(options.out.read_text("utf-8"))
-    kept = [line for line in lines if line["part"] not in options.part]
+    kept = [line for line in lines if line["part"] not in parts]
     if any(line["quick"] is not options.quick for line in kept):
         raise ConfigError(f"{options.out} mixes short and full forms; allowed: one of them")
     return [json.dumps(line) for line in kept]
+
+
+def run_parts(
+    journal: Journal,
+    parts: Mapping[str, Callable[[Journal, bool, Path], None]],
+    wanted: Sequence[str] | None,
+) -> int:
+    """Runs the parts that are wanted (None = all), each with an empty folder; the exit status."""
+    for part in wanted or parts:
+        with tempfile.TemporaryDirectory(prefix=f"searchlab-{journal.benchmark}-") as folder:
+            journal.part = part
+            parts[part](journal, bool(journal.options.quick), Path(folder))
+    return journal.close()
 
 
 @dataclass(frozen=True)

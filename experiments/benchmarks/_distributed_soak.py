@@ -5,21 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import random
-import signal
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from searchlab.callbacks import Progress
 from searchlab.executors import RayExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal
-from searchlab.search import run
-from searchlab.study import Database
-from searchlab.testing.faults import Unreliable, config_of, undisturbed
+from searchlab.testing.faults import Hunter, Unreliable, config_of, recorded, undisturbed
 from searchlab.testing.ray_nodes import Node, head
 
 __all__ = ["run_soak"]
@@ -28,32 +22,6 @@ EVALUATIONS = 60
 WORKER = "ray::SearchlabWorker"
 CONNECTIONS = 4  # of Ray alone
 SETTLING_S = 30.0  # for actors that end when their run does
-
-
-class _Hunter:
-    """Kills workers on a node at random times, after a run's first result."""
-
-    def __init__(self, node: Node, seed: int) -> None:
-        self.node, self.draw = node, random.Random(seed)
-        self.struck, self.armed = 0, False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._hunt, daemon=True)
-        self._thread.start()
-
-    def __call__(self, progress: Progress) -> None:
-        self.armed = True
-
-    def _hunt(self) -> None:
-        while not self._stop.wait(2.0 + 2.0 * self.draw.random()):
-            workers = self.node.pids(WORKER)
-            if workers and self.armed:
-                with suppress(ProcessLookupError):
-                    os.kill(self.draw.choice(workers), signal.SIGKILL)
-                    self.struck += 1
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 def _holdings(node: Node) -> dict[str, float]:
@@ -99,42 +67,36 @@ def run_soak(journal: Journal, seconds: float) -> None:
     runs = differ = 0
     with tempfile.TemporaryDirectory() as name, head(cpus=0) as (address, _):
         node = Node("--num-cpus", "2", address=address).wait()
-        hunter = _Hunter(node, 3)
+        hunter = Hunter(lambda: node.pids(WORKER), 3, pause=(1.5, 3.0))
 
         def once(number: int) -> bool:
             hunter.armed = False
-            config: Any = config_of(EVALUATIONS)
+            executor = RayExecutor(workers=2, deadline=20.0, retries=30, address=address)
             path = Path(name) / f"{number}.db"
-            with Database(path) as base:
-                fingerprint = config.stages[0].space.fingerprint
-                store = base.open_run(
-                    "run", config=config.describe(), space=fingerprint, seed=0, out=""
-                )
-                executor = RayExecutor(workers=2, deadline=20.0, retries=30, address=address)
-                run(config, store=store, executor=Unreliable(executor, number), callbacks=[hunter])
-                same = base.read("run").records().trace() == wanted
+            disorder = Unreliable(executor, number)
+            records = recorded(path, config_of(EVALUATIONS), disorder, callbacks=[hunter])
             path.unlink()
-            return same
+            return records.trace() == wanted
 
         try:
-            once(0)  # what is loaded only once is no leak
-            left_by_ray = _left_by_ray(address)
-            before = _holdings(node)
-            began = time.monotonic()
-            while time.monotonic() - began < seconds:
-                runs += 1
-                differ += not once(runs)
-            lasted = time.monotonic() - began
-            after = _holdings(node)
+            with hunter:
+                once(0)  # what is loaded only once is no leak
+                left_by_ray = _left_by_ray(address)
+                before = _holdings(node)
+                began = time.monotonic()
+                while time.monotonic() - began < seconds:
+                    runs += 1
+                    differ += not once(runs)
+                lasted = time.monotonic() - began
+                after = _holdings(node)
         finally:
-            hunter.close()
             node.kill()
     journal.case(
         "soak",
         {
             "seconds": round(lasted, 1),
             "runs": runs,
-            "workers_killed": hunter.struck,
+            "workers_killed": hunter.strikes,
             "handles_ray_leaves_per_connection": left_by_ray,
             "before": before,
             "after": after,
@@ -153,7 +115,7 @@ def run_soak(journal: Journal, seconds: float) -> None:
             # A connection per run, and an actor that was begun again per worker that was killed.
             Aim(
                 "more handles than Ray alone leaves",
-                after["handles"] - before["handles"] - left_by_ray * (runs + hunter.struck),
+                after["handles"] - before["handles"] - left_by_ray * (runs + hunter.strikes),
                 "at most",
                 0,
             ),
@@ -163,6 +125,6 @@ def run_soak(journal: Journal, seconds: float) -> None:
                 "at most",
                 30,
             ),
-            Aim("workers killed", hunter.struck, "at least", seconds // 20),
+            Aim("workers killed", hunter.strikes, "at least", seconds // 20),
         ],
     )

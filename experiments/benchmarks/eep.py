@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from transformers.utils import logging
 
 from searchlab.experiments.benchmarks import _eep_items as items
 from searchlab.experiments.benchmarks import _eep_zoo as zoo
-from searchlab.experiments.benchmarks._common import Journal, flags
+from searchlab.experiments.benchmarks._common import Journal, flags, run_parts
 from searchlab.experiments.benchmarks._eep_gpu import gpu
 from searchlab.experiments.benchmarks._eep_planted import planted
 from searchlab.experiments.benchmarks._eep_speed_cases import speed
@@ -59,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     journal = Journal("eep", options)
-    for part in options.only or PARTS:
-        with tempfile.TemporaryDirectory(prefix="searchlab-eep-") as folder:
-            journal.part = part
-            _RUNS[part](journal, options.quick, Path(folder))
-    return journal.close()
+    return run_parts(journal, _RUNS, options.only)
 
 
 if __name__ == "__main__":

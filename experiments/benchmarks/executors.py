@@ -15,13 +15,11 @@ import argparse
 import heapq
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +31,13 @@ from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.evaluator import Evaluator, FunctionEvaluator
 from searchlab.executors import Executor, LocalExecutor, ProcessExecutor
 from searchlab.experiments.benchmarks._common import Aim, Journal, flags
-from searchlab.loop import Callback, Progress
+from searchlab.loop import Callback
 from searchlab.population import OK
 from searchlab.records import Records
 from searchlab.search import run
 from searchlab.space import Space
-from searchlab.study import Database, MemoryRun
+from searchlab.study import MemoryRun
+from searchlab.testing.faults import Hunter, recorded, stored
 from searchlab.variables import Choice, Integer, Real
 
 LAG = 16
@@ -110,25 +109,6 @@ def _paid_twice(records: Records) -> int:
 
 def _equal(name: str, differs: int) -> Aim:
     return Aim(name, differs, "at most", 0)
-
-
-class _Hunter:
-    """A callback that kills a random worker again and again."""
-
-    def __init__(self, executor: ProcessExecutor, every: float) -> None:
-        self.executor, self.every = executor, every
-        self.draw = random.Random(1)
-        self.last = time.monotonic()
-        self.kills = 0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self.last < self.every:
-            return
-        with suppress(ProcessLookupError):
-            os.kill(self.draw.choice(self.executor.pids()), signal.SIGKILL)
-            self.kills += 1
-        self.last = now
 
 
 def _traces(journal: Journal, wanted: Records, workers: Sequence[int], budget: int) -> None:
@@ -208,15 +188,15 @@ def _limit(seconds: NDArray[np.float64], lag: int, workers: int) -> float:
 
 def _killed_workers(journal: Journal, wanted: Records, workers: int, every: float) -> None:
     executor = ProcessExecutor(workers=workers, retries=20)
-    hunter = _Hunter(executor, every)
-    records = _records(_sleeping(len(wanted)), executor, hunter)
+    with Hunter(executor.pids, 1, pause=(every, every)) as hunter:
+        records = _records(_sleeping(len(wanted)), executor, hunter)
     usage = executor.usage()
     journal.case(
         "trace, killed workers",
         {
             "workers": workers,
             "kill_every_s": every,
-            "kills": hunter.kills,
+            "kills": hunter.strikes,
             "repeated": usage.repeats,
             "seconds": round(usage.wall_s, 3),
             "busy": round(usage.utilisation, 4),
@@ -225,36 +205,12 @@ def _killed_workers(journal: Journal, wanted: Records, workers: int, every: floa
         aims=[
             _equal("traces that differ", int(records.trace() != wanted.trace())),
             _equal("evaluations paid twice", _paid_twice(records)),
-            Aim("kills", hunter.kills, "at least", 1),
+            Aim("kills", hunter.strikes, "at least", 1),
         ],
     )
 
 
 # -- a driver that is killed --------------------------------------------------------------------
-
-
-def _drive(folder: Path, budget: int, workers: int) -> None:
-    """What the killed process runs."""
-    config = _sleeping(budget)
-    with Database(folder / "study.db") as base:
-        store = base.open_run(
-            "run",
-            config=config.describe(),
-            space=config.stages[0].space.fingerprint,
-            seed=7,
-            out="",
-        )
-        run(config, store=store, executor=ProcessExecutor(workers=workers))
-
-
-def _stored(folder: Path) -> Records | None:
-    if not (folder / "study.db").is_file():
-        return None
-    try:
-        with Database(folder / "study.db") as base:
-            return base.read("run").records()
-    except Exception:  # the file is being made
-        return None
 
 
 def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
@@ -269,7 +225,7 @@ def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
             target = draw.randint(budget * attempt // 4 + 1, budget * (attempt + 1) // 4 - 1)
             process = subprocess.Popen(command, env={**os.environ, LOG: str(log)})
             while attempt < KILLS and process.poll() is None:
-                records = _stored(folder)
+                records = stored(folder)
                 if records is not None and len(records) >= target:
                     process.kill()
                     kills += 1
@@ -277,9 +233,9 @@ def _killed_driver(journal: Journal, wanted: Records, workers: int) -> None:
                 time.sleep(0.01)
             process.wait()
             if attempt < KILLS:
-                now = _stored(folder)
+                now = stored(folder)
                 recorded = 0 if now is None else len(now)
-        records = _stored(folder)
+        records = stored(folder)
         calls = log.read_text("utf-8").split()
     assert records is not None
     # Lost with the driver: what was at work, or done and not recorded, and the first measurement.
@@ -322,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all cases; returns the exit code."""
     options = flags(__doc__, arguments, add=_own_flags)
     if options.drive is not None:
-        _drive(options.drive, options.budget, options.workers)
+        executor = ProcessExecutor(workers=options.workers)
+        recorded(options.drive / "study.db", _sleeping(options.budget), executor)
         return 0
     journal = Journal("executors", options)
     workers: tuple[int, ...] = (1, 4) if options.quick else (1, 2, 8)

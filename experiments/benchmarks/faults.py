@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import random
 import shutil
-import signal
 import sqlite3
 import sys
 import tempfile
@@ -39,11 +37,13 @@ from searchlab.search import run
 from searchlab.space import Space
 from searchlab.study import Database
 from searchlab.testing.faults import (
+    Hunter,
     Unreliable,
     config_of,
     descendants,
     disturbed,
     plan_of,
+    recorded,
     undisturbed,
 )
 from searchlab.variables import Choice
@@ -107,37 +107,6 @@ def _kills(journal: Journal, runs: int, first: int, executor: str = "processes")
 # -- soak ---------------------------------------------------------------------------------------
 
 
-class _Hunter:
-    """Kills and stops workers of this process at random times, after a run's first result."""
-
-    def __init__(self, seed: int) -> None:
-        self.draw = random.Random(seed)
-        self.struck: Counter[str] = Counter()
-        self.armed = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._hunt, daemon=True)
-        self._thread.start()
-
-    def __call__(self, progress: Progress) -> None:
-        self.armed = True
-
-    def _hunt(self) -> None:
-        while not self._stop.wait(0.8 + self.draw.random()):
-            workers = descendants(os.getpid())
-            if not workers or not self.armed:
-                continue
-            how = signal.SIGSTOP if self.draw.random() < 0.2 else signal.SIGKILL
-            try:
-                os.kill(self.draw.choice(workers), how)
-            except ProcessLookupError:
-                continue
-            self.struck[how.name] += 1
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def _holdings() -> dict[str, float]:
     """What this process has of what may leak."""
     gc.collect()
@@ -161,24 +130,18 @@ def _memory_mb() -> float:
 def _soak(journal: Journal, seconds: float) -> None:
     """Run after run in one driver, with workers killed and stopped, answers late and twice."""
     wanted = undisturbed(EVALUATIONS).trace()
-    hunter, runs, differ = _Hunter(3), 0, 0
-    with tempfile.TemporaryDirectory() as name:
+    hunter = Hunter(lambda: descendants(os.getpid()), 3, pause=(0.8, 1.8), stops=0.2)
+    runs = differ = 0
+    with tempfile.TemporaryDirectory() as name, hunter:
 
         def once(number: int) -> bool:
             hunter.armed = False
             executor = ProcessExecutor(workers=2, deadline=2.0, retries=30)
-            config = config_of(EVALUATIONS)
             path = Path(name) / f"{number}.db"
-            with Database(path) as base:
-                fingerprint = config.stages[0].space.fingerprint
-                store = base.open_run(
-                    "run", config=config.describe(), space=fingerprint, seed=0, out=""
-                )
-                disorder = Unreliable(executor, number)
-                run(config, store=store, executor=disorder, callbacks=[hunter])
-                same = base.read("run").records().trace() == wanted
+            disorder = Unreliable(executor, number)
+            records = recorded(path, config_of(EVALUATIONS), disorder, callbacks=[hunter])
             path.unlink()
-            return same
+            return records.trace() == wanted
 
         once(0)  # what is loaded only once is no leak
         before = _holdings()
@@ -188,7 +151,6 @@ def _soak(journal: Journal, seconds: float) -> None:
             differ += not once(runs)
         lasted = time.monotonic() - began
         after = _holdings()
-        hunter.close()
     growth = after["memory_mb"] - before["memory_mb"]
     journal.case(
         "soak",
@@ -207,7 +169,7 @@ def _soak(journal: Journal, seconds: float) -> None:
                 for what in ("processes", "handles", "threads", "shared_memory")
             ],
             Aim("growth of the driver in MB", growth, "at most", 30),
-            Aim("workers struck", sum(hunter.struck.values()), "at least", seconds // 10),
+            Aim("workers struck", hunter.strikes, "at least", seconds // 10),
         ],
     )
 

@@ -25,7 +25,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from searchlab.experiments.benchmarks._common import Aim, Journal, flags, other_parts
+from searchlab.experiments.benchmarks._common import Aim, Journal, flags, other_parts, run_parts
 from searchlab.experiments.benchmarks._merge_searches import digits, digits_more, ring
 from searchlab.spaces.checkpoint_mix import CheckpointBank, find_checkpoints, merge, states
 from searchlab.spaces.checkpoint_mix.baselines import ema
@@ -498,11 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = flags(__doc__, arguments, add=_parts)
     torch.set_num_threads(1)
     journal = Journal("merge", options, lines=other_parts(options))
-    for part in options.part or PARTS:
-        with tempfile.TemporaryDirectory(prefix="searchlab-merge-") as folder:
-            journal.part = part
-            _RUNS[part](journal, options.quick, Path(folder))
-    return journal.close()
+    return run_parts(journal, _RUNS, options.part)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ of random settings, tau is that of the others. The tables are read below $SEARCH
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab.errors import ConfigError
-from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
+from searchlab.experiments.benchmarks._common import (
+    Aim,
+    Journal,
+    data_folder,
+    flags,
+    other_parts,
+    spread,
+)
 from searchlab.experiments.benchmarks._predictors_cells import (
     Cells,
     bare,
@@ -297,17 +302,6 @@ def _parts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _others(out: Path | None, part: str, quick: bool) -> list[str]:
-    """The lines that other parts left in the file."""
-    if out is None or not out.exists():
-        return []
-    lines: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))
-    kept = [line for line in lines if line["part"] != part]
-    if any(line["quick"] is not quick for line in kept):
-        raise ConfigError(f"{out} mixes short and full forms; allowed: one of them")
-    return [json.dumps(line) for line in kept]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the measurements; returns the exit status."""
     options = flags(__doc__, arguments, add=_parts)
@@ -320,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             PARTS[name](Suite(journal, cells, quick))
         # Read late: parts may run beside each other.
-        journal.lines[:0] = _others(options.out, name, quick)
+        journal.lines[:0] = other_parts(options, name)
         status = max(status, journal.close())
     return status
 

@@ -64,6 +64,7 @@ class Case:
         seeds: of the searches, and of their noise banks.
         samples: per evaluation; None = the recipe's own.
         held_out: samples per bank of the selection and report splits; None = the recipe's own.
+        banks: of the report split.
         limit: of the ratio.
     """
 
@@ -73,6 +74,7 @@ class Case:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     samples: int | None = None
     held_out: int | None = None
+    banks: int = 4
     limit: float = 1.0
 
     @property
@@ -88,6 +90,7 @@ class Case:
             budget=budget,
             samples=self.samples,
             held_out=self.held_out,
+            report_banks=self.banks,
             seed=seed,
             data_seed=seed,
         )
@@ -97,7 +100,7 @@ FULL = (
     *(Case("mixture", nfe, 1000) for nfe in (5, 6, 8, 10)),
     Case("digits", 6, 300),
 )
-QUICK = (Case("mixture", 5, 160, (0,), 1024, 512, limit=1.25),)
+QUICK = (Case("mixture", 5, 120, (0,), 512, 256, banks=2, limit=1.25),)
 
 
 def measure(case: Case, seed: int) -> dict[Who, dict[str, Any]]:

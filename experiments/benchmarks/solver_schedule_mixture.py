@@ -44,10 +44,11 @@ class Sizes:
     budget: int = 1000
     held_out: int = 2048
     samples: int = 2048
+    banks: int = 4
     ratio: float = 0.85
 
 
-QUICK = Sizes(nfe=(5,), seeds=(0,), budget=300, held_out=1024, samples=512, ratio=0.95)
+QUICK = Sizes(nfe=(5,), seeds=(0,), budget=200, held_out=512, samples=256, banks=2, ratio=0.95)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             budget=sizes.budget,
                             samples=sizes.samples,
                             held_out=sizes.held_out,
+                            report_banks=sizes.banks,
                             seed=seed,
                             data_seed=seed,
                         ),

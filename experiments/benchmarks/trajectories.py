@@ -49,8 +49,9 @@ class Sizes:
     """How much is run.
 
     Attributes:
-        nfe: lowest and highest number of model calls.
-        budget: evaluations of the search that the candidates come from.
+        nfe: lowest and highest number of model calls of the known solvers.
+        search_nfe: the same of the search that the candidates come from.
+        budget: evaluations of that search.
         search_samples: samples per evaluation of that search; None = the recipe's own.
         timed: schedules per side of a timing.
         repeats: of every timing.
@@ -59,6 +60,7 @@ class Sizes:
     """
 
     nfe: tuple[int, int]
+    search_nfe: tuple[int, int]
     budget: int
     search_samples: int | None
     timed: int
@@ -69,6 +71,7 @@ class Sizes:
 
 FULL = Sizes(
     nfe=(5, 10),
+    search_nfe=(5, 10),
     budget=1200,
     search_samples=None,
     timed=64,
@@ -78,6 +81,7 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     nfe=(5, 6),
+    search_nfe=(5, 5),
     budget=80,
     search_samples=16,
     timed=8,
@@ -117,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def proposed(sizes: Sizes) -> list[CoefficientTable]:
     """What a search proposed beyond the known points, in its order."""
-    low, high = sizes.nfe
+    low, high = sizes.search_nfe
     small = sizes.search_samples is not None
     settings = SolverScheduleOptions(
         nfe=f"{low}..{high}",
@@ -164,8 +168,10 @@ def _family(journal: Journal, problem: SamplingProblem, nfe: tuple[int, int], sa
 
 
 def _count(tables: Tables, chunk: int, samples: int) -> dict[str, Any]:
-    start = torch.zeros((samples, 64))
-    tree = PrefixTree(lambda x, t: x, start, mean=torch.zeros(64), max_rows=MAX_ROWS)
+    # Rows are counted, whatever their width.
+    tree = PrefixTree(
+        lambda x, t: x, torch.zeros((samples, 1)), mean=torch.zeros(1), max_rows=MAX_ROWS
+    )
     for part in _chunks(tables, chunk):
         tree.run(part)
     return {

@@ -41,7 +41,14 @@ from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.nasbench201 import FILE, SIGNALS
 from searchlab.evaluators.sampling import SamplingEvaluator
 from searchlab.evaluators.table import TableEvaluator
-from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, flags, spread
+from searchlab.experiments.benchmarks._common import (
+    Aim,
+    Journal,
+    data_folder,
+    flags,
+    other_parts,
+    spread,
+)
 from searchlab.experiments.checkpoint_mix_problems import small_digits
 from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
 from searchlab.experiments.solver_schedule_problems import digits_problem
@@ -89,21 +96,21 @@ def order(journal: Journal, folder: Path) -> None:
     """Tau on CIFAR-100 with 25 labels."""
     quick = journal.options.quick
     seeds = range(1 if quick else 5)
-    labels = 100 if quick else 781
+    labels, ranked, most = (100, 500, 1000) if quick else (781, 2000, None)
     table, old_losses = whole_table(evaluator_of(folder, "cifar10"))
     _, losses = whole_table(evaluator_of(folder, "cifar100"))
     found: dict[str, list[float]] = {"as it is": [], "warm": [], "from scratch": []}
     for seed in seeds:
         rows = np.random.default_rng(seed).permutation(len(table))
-        first, second, test = rows[:labels], rows[labels : labels + 25], rows[7813:]
+        first, second, test = rows[:labels], rows[labels : labels + 25], rows[7813:][:most]
         old = Stack()
-        old.fit(table.take(first), old_losses[first], seed=seed, pool=table.take(rows[:2000]))
+        old.fit(table.take(first), old_losses[first], seed=seed, pool=table.take(rows[:ranked]))
         with tempfile.TemporaryDirectory() as scratch:
             old.save(Path(scratch), with_data=True)
             earlier = Earlier.of_folder(
                 Path(scratch), table.space, adapted=True, background=lambda: table
             )
-        pool = table.take(rows[:2000])
+        pool = table.take(rows[:ranked])
         warm, cold = Warm(earlier), Stack()
         for predictor in (warm, cold):
             predictor.fit(table.take(second), losses[second], seed=seed, pool=pool)
@@ -220,9 +227,9 @@ def _schedules(nfe: str, seed: int, quick: bool) -> SearchConfig:
             preset="guided",
             problem="mixture",
             nfe=nfe,
-            budget=24 if quick else 120,
-            samples=256 if quick else 1024,
-            held_out=256,
+            budget=20 if quick else 120,
+            samples=128 if quick else 1024,
+            held_out=64 if quick else 256,
             seed=seed,
             data_seed=seed,
         )
@@ -397,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--minutes", type=float, help="begin no further seed after so long")
 
     options = flags(__doc__, arguments, add=add)
-    journal = Journal("transfer", options)
+    journal = Journal("transfer", options, lines=other_parts(options))
     folder = data_folder("nasbench201")
     for part in options.part or PARTS:
         if options.part is None and options.quick and part == "models":
@@ -417,14 +424,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             order(journal, folder)
         else:
             cells(journal, folder)
-    kept: list[str] = []
-    if options.part and options.out is not None and options.out.is_file():
-        kept = [
-            json.dumps(line)
-            for line in json.loads(options.out.read_text("utf-8"))
-            if line.get("part") not in options.part
-        ]
-    journal.lines = kept + journal.lines
     return journal.close()
 
 

@@ -16,14 +16,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from searchlab.callbacks import Callback, Progress
 from searchlab.config import AlgorithmSpec, Budget, SearchConfig, Stage
 from searchlab.errors import ConfigError, SearchlabError
 from searchlab.evaluator import Evaluator, FunctionEvaluator
@@ -36,6 +38,7 @@ from searchlab.variables import Choice, Integer, Real
 
 __all__ = [
     "Fault",
+    "Hunter",
     "Outcome",
     "Unreliable",
     "config_of",
@@ -43,6 +46,7 @@ __all__ = [
     "disturbed",
     "is_alive",
     "plan_of",
+    "recorded",
     "stored",
     "undisturbed",
 ]
@@ -99,18 +103,31 @@ def undisturbed(evaluations: int, *, seed: int = 0) -> Records:
     return store.records()
 
 
-def drive(folder: Path, options: ExecutorOptions, evaluations: int, seed: int) -> None:
-    """Runs or resumes the run of a folder."""
-    config = config_of(evaluations, seed=seed)
-    with Database(folder / _DATABASE) as base:
+def recorded(
+    path: Path,
+    config: SearchConfig,
+    executor: Executor,
+    *,
+    callbacks: Sequence[Callback] = (),
+    out: str = "",
+) -> Records:
+    """The records of a run in a database, which is begun or gone on with there."""
+    with Database(path) as base:
         store = base.open_run(
             _NAME,
             config=config.describe(),
             space=config.stages[0].space.fingerprint,
-            seed=seed,
-            out=str(folder),
+            seed=config.seed,
+            out=out,
         )
-        run(config, store=store, executor=options.build())
+        run(config, store=store, executor=executor, callbacks=callbacks)
+        return base.read(_NAME).records()
+
+
+def drive(folder: Path, options: ExecutorOptions, evaluations: int, seed: int) -> None:
+    """Runs or resumes the run of a folder."""
+    config = config_of(evaluations, seed=seed)
+    recorded(folder / _DATABASE, config, options.build(), out=str(folder))
 
 
 def stored(folder: Path) -> Records | None:
@@ -286,7 +303,7 @@ def _carry_out(
             raise SearchlabError(f"plan {outcome.seed}: no progress at {count} records")
         family = descendants(process.pid) or family
         if not left or count < left[0].at:
-            time.sleep(0.01)
+            time.sleep(0.02)  # looking takes 7 ms
             continue
         fault = left[0]
         time.sleep(fault.after)
@@ -328,6 +345,67 @@ def _begun_after_recorded(log: Path, records: Records) -> int:
         if not cached
         for when in begun[label(**plan)]
     )
+
+
+class Hunter:
+    """A callback of runs that kills or stops random workers of theirs, for as long as it is open.
+
+    Nobody is struck before a run's first result: what comes before it is no fault of a worker. A
+    driver of several runs sets `armed` to False before each.
+
+    Args:
+        workers: the processes that may be struck now.
+        seed: of who is struck, when and how.
+        pause: seconds between two strikes, (the least, the most).
+        stops: share of the strikes that stop a worker for good; the others kill it.
+
+    Attributes:
+        armed: whether the run has had a result.
+        struck: number of strikes by the signal's name.
+    """
+
+    def __init__(
+        self,
+        workers: Callable[[], Sequence[int]],
+        seed: int,
+        *,
+        pause: tuple[float, float],
+        stops: float = 0.0,
+    ) -> None:
+        self.armed = False
+        self.struck: Counter[str] = Counter()
+        self._workers, self._pause, self._stops = workers, pause, stops
+        self._draw = random.Random(seed)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._hunt, daemon=True)
+
+    def __call__(self, progress: Progress) -> None:
+        self.armed = True
+
+    def __enter__(self) -> Hunter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def strikes(self) -> int:
+        """How many workers were struck."""
+        return self.struck.total()
+
+    def _hunt(self) -> None:
+        while not self._ended.wait(self._draw.uniform(*self._pause)):
+            there = self._workers() if self.armed else ()
+            if not there:
+                continue
+            how = signal.SIGSTOP if self._draw.random() < self._stops else signal.SIGKILL
+            try:
+                os.kill(self._draw.choice(there), how)
+            except ProcessLookupError:  # it has ended by itself
+                continue
+            self.struck[how.name] += 1
 
 
 class Unreliable:

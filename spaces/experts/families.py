@@ -205,6 +205,7 @@ class ExpertLayout:
         expert_bytes: of one expert in one mixture.
         total_bytes: of the whole model; 0 where only the configuration is known.
         quantised: method of quantisation, as config.json says; empty = none.
+        hidden, width: of a token, and inside an expert; 0 = unknown.
     """
 
     family: str
@@ -218,6 +219,8 @@ class ExpertLayout:
     expert_bytes: int = 0
     total_bytes: int = 0
     quantised: str = ""
+    hidden: int = 0
+    width: int = 0
 
     @property
     def other_bytes(self) -> int:
@@ -343,4 +346,6 @@ def layout_of(config: Any, family: Family) -> ExpertLayout:
         group_best=best if groups[0] > 1 else 1,
         expert_bytes=weights * _BYTES.get(dtype, 2),
         quantised=str(_get(method, "quant_method") or "") if method else "",
+        hidden=hidden,
+        width=width,
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from searchlab.cuda_ext import merge_experts
 from searchlab.errors import ConfigError, SpaceError
 from searchlab.spaces.experts.families import Family, family_of, layout_of
-from searchlab.spaces.experts.routing import MODES, RouterMode, Rule, choose
+from searchlab.spaces.experts.routing import MODES, RouterMode, Rule, choose, fits, fused
 
 __all__ = ["ResidentExperts"]
 
@@ -34,6 +34,8 @@ class _Routing:
         self.wide = wide
         self.k = 1
         self.mode: RouterMode = "slice"
+        self.fused: bool | None = None  # one kernel from logits to weights; None = on a GPU
+        self.mask: Tensor | None = None
         self.index: Tensor | None = None
         self.absent: Tensor | None = None
         self.rows: Tensor | None = None
@@ -87,6 +89,8 @@ class _Routing:
                     "allowed: a batch with one row per entry of `rows`"
                 )
             tokens = self.rows.repeat_interleave(len(hidden) // len(self.rows))
+        if self._fuses(logits):
+            return logits, *fused(logits, self.rule, self.k, self.mask, tokens)
         weights, experts, floored = choose(
             logits,
             self.rule,
@@ -103,6 +107,12 @@ class _Routing:
         if floored is not None:
             self.floored = floored if self.floored is None else self.floored + floored
         return logits, weights, experts
+
+    def _fuses(self, logits: Tensor) -> bool:
+        """Whether one kernel does it: a softmax router without groups, masks of its own experts."""
+        wanted = logits.is_cuda if self.fused is None else self.fused
+        plain = self.rule.score == "softmax" and self.rule.n_group == 1 and self.mode == "slice"
+        return wanted and plain and self.mask is not None and not self.own and fits(logits, self.k)
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,7 @@ class ResidentExperts:
         top_k: int | None = None,
         router_mode: RouterMode = "slice",
         flat: bool = False,
+        only: int | None = None,
     ) -> Iterator[None]:
         """Every forward inside routes to kept experts only.
 
@@ -197,6 +208,7 @@ class ResidentExperts:
             top_k: experts per token; None = the model's.
             router_mode: "slice", or "prob": all experts are scored before the others are dropped.
             flat: routing without groups, for families that have them.
+            only: number of the one block that forwards inside will pass; None = all.
 
         Raises:
             SpaceError: masks of another shape, too few experts, or kept groups that are not equal.
@@ -215,7 +227,8 @@ class ResidentExperts:
         if rows is None and len(masks) > 1:
             raise ConfigError(f"{len(masks)} masks without rows; allowed: rows, or one mask")
         if rows is not None:
-            ends = (int(rows.min()), int(rows.max())) if rows.numel() else (0, 0)
+            host = rows.cpu().numpy()  # nobody waits for rows that the host has
+            ends = (int(host.min()), int(host.max())) if host.size else (0, 0)
             if rows.ndim != 1 or rows.dtype != torch.int64 or ends[0] < 0 or ends[1] >= len(masks):
                 raise ConfigError(
                     f"rows of shape {tuple(rows.shape)}, {rows.dtype}, from {ends[0]} to {ends[1]};"
@@ -225,11 +238,15 @@ class ResidentExperts:
         k = self.layout.top_k if top_k is None else top_k
         grouped = self._rule.n_group > 1 and not flat
         for number, routing in enumerate(self._routing):
+            if only not in (None, number):
+                continue
             device = routing.device
             index, absent = _packed(masks[:, number], grouped=grouped)
             _hold(routing, "index", index, device)
             _hold(routing, "absent", absent, device)
-            routing.rows = None if rows is None or len(masks) == 1 else rows.to(device)
+            several = len(masks) > 1 and router_mode == "slice"
+            _hold(routing, "mask", masks[:, number] if several else None, device)
+            routing.rows = None if rows is None or len(masks) == 1 else _sent(rows, device)
             routing.table = None
             routing.rule = self._rule if grouped else self._flat_rule
             routing.mode = router_mode
@@ -299,7 +316,7 @@ class ResidentExperts:
             _hold(routing, "index", chosen if sliced else None, routing.device)
             mapped = None if sliced else other.astype(np.float32)
             _hold(routing, "table", mapped, routing.device)
-            routing.absent = routing.rows = None
+            routing.absent = routing.rows = routing.mask = None
             routing.rule = self._flat_rule if flat else self._rule
             routing.mode = router_mode
             routing.k = k
@@ -449,6 +466,16 @@ def _hold(routing: _Routing, name: str, value: NDArray[Any] | None, device: torc
     new = torch.from_numpy(np.ascontiguousarray(value))
     old: Tensor | None = getattr(routing, name)
     if old is not None and old.shape == new.shape and old.device == device:
-        old.copy_(new)
+        old.copy_(_pinned(new, device), non_blocking=True)
     else:
-        setattr(routing, name, new.to(device))
+        setattr(routing, name, _sent(new, device))
+
+
+def _pinned(value: Tensor, device: torch.device) -> Tensor:
+    """The same in memory that a GPU reads while the host goes on."""
+    return value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """The same on a device; nobody waits for it."""
+    return _pinned(value, device).to(device, non_blocking=True)

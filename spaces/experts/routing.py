@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from searchlab.cuda_ext import route_topk
 from searchlab.spaces.experts.families import Score
 
-__all__ = ["MODES", "FLOOR", "RouterMode", "Rule", "choose"]
+__all__ = ["MODES", "FLOOR", "RouterMode", "Rule", "choose", "fits", "fused"]
 
 RouterMode = Literal["slice", "prob", "logit"]
 MODES: tuple[RouterMode, ...] = ("slice", "prob", "logit")
@@ -116,6 +117,32 @@ def choose(
     if rule.cast:
         weights = weights.to(dtype)
     return weights, _experts(place, picked), floored
+
+
+def fits(logits: Tensor, k: int) -> bool:
+    """Whether `fused` takes such logits."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return logits.shape[1] <= 512 and k <= 32 and logits.dtype in kinds
+
+
+def fused(
+    logits: Tensor, rule: Rule, k: int, mask: Tensor | None, tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`choose` with "slice" for routers that score by softmax and have no groups, in one kernel.
+
+    Experts are those of `choose` but for equal scores; weights may differ in their last bits.
+
+    Args:
+        logits: (T, E) of all experts.
+        rule: of the family.
+        k: experts per token.
+        mask: (K, E) bool, the experts that are there.
+        tokens: (T,) int64, which mask a token takes; None = the first.
+    """
+    weights, experts = route_topk(logits, k, masks=mask, rows=tokens, renormalise=rule.renormalise)
+    if rule.scale is not None:
+        weights = weights * rule.scale
+    return weights.to(logits.dtype) if rule.cast else weights, experts
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

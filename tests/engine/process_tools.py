@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from searchlab.callbacks import Progress
 from searchlab.errors import DataError
 from searchlab.evaluator import FunctionEvaluator, evaluator
 from searchlab.population import Evaluations, Jobs
@@ -18,6 +22,22 @@ from searchlab.variables import Choice, Integer, Real
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "SEARCHLAB_TESTS_LOG"
+
+
+class Culler:
+    """Kills a random worker whenever so many more candidates are evaluated."""
+
+    def __init__(self, workers: Callable[[], Sequence[int]], *, every: int) -> None:
+        self.workers, self.every = workers, every
+        self.draw = random.Random(0)
+        self.killed: list[int] = []
+
+    def __call__(self, progress: Progress) -> None:
+        there = self.workers()
+        if there and progress.finished >= self.every * (len(self.killed) + 1):
+            self.killed.append(self.draw.choice(there))
+            with suppress(ProcessLookupError):
+                os.kill(self.killed[-1], signal.SIGKILL)
 
 
 def mixed_space() -> Space:

@@ -15,7 +15,7 @@ import pytest
 import searchlab as sl
 from searchlab.algorithms import Seeds
 from searchlab.auto import choose, chosen_for, kept_baselines, parse_baselines, settled
-from searchlab.callbacks import Progress
+from searchlab.callbacks import Callback, Progress
 from searchlab.cli import main
 from searchlab.config import SearchConfig
 from searchlab.errors import ConfigError, StudyError
@@ -142,12 +142,18 @@ def test_on_few_choices_it_is_guided_and_says_so() -> None:
 
 
 def test_a_larger_budget_does_not_change_the_choice(tmp_path: Path) -> None:
-    def searched(budget: int, folder: str) -> Result:
-        return sl.search(CHOICES, total, budget=budget, name=folder, out=tmp_path / folder)
+    def searched(budget: int, folder: str, *callbacks: Callback) -> Result:
+        out = tmp_path / folder
+        return sl.search(CHOICES, total, budget=budget, name=folder, out=out, callbacks=callbacks)
+
+    def leave(progress: Progress) -> None:  # a predictor of 400 labels takes long
+        if progress.finished >= 70:
+            raise KeyboardInterrupt
 
     first = searched(40, "grown")
-    grown = searched(400, "grown")
+    grown = searched(400, "grown", leave)
     fresh = searched(400, "fresh")
+    assert grown.meta["status"] == "interrupted"
     assert first.meta["algorithm"] == grown.meta["algorithm"]
     assert grown.meta["algorithm"]["search"].startswith("guided, chosen by auto: 40 evaluations")
     assert fresh.meta["algorithm"]["search"].startswith("evolution, chosen by auto: 400 evalu")

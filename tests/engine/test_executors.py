@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import sys
@@ -19,7 +18,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import process_tools
-from process_tools import LOG, Clumsy, OnlyOnce, Picky, alive, mixed_space, script, start, until
+from process_tools import (
+    LOG,
+    Clumsy,
+    Culler,
+    OnlyOnce,
+    Picky,
+    alive,
+    mixed_space,
+    script,
+    start,
+    until,
+)
 
 import searchlab
 from searchlab.config import EXECUTORS, AlgorithmSpec, Budget, SearchConfig, Stage, resolve
@@ -97,29 +107,15 @@ def trace_of(config: SearchConfig, executor: Executor, *callbacks: Callback) -> 
     return store.records().trace()
 
 
-class Hunter:
-    """Kills a random worker whenever so many more candidates are evaluated."""
-
-    def __init__(self, executor: ProcessExecutor, *, every: int) -> None:
-        self.executor, self.every = executor, every
-        self.draw = random.Random(0)
-        self.killed: list[int] = []
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.finished >= self.every * (len(self.killed) + 1):
-            self.killed.append(self.draw.choice(self.executor.pids()))
-            os.kill(self.killed[-1], signal.SIGKILL)
-
-
 def test_any_number_of_workers_gives_the_trace_of_one_process() -> None:
     config = config_of(FunctionEvaluator(process_tools.slow, mixed_space()), lag=16, budget=150)
     wanted = trace_of(config, LocalExecutor())
     assert trace_of(config, ProcessExecutor(workers=3)) == wanted
     hunted = ProcessExecutor(workers=2)
-    hunter = Hunter(hunted, every=40)
-    assert trace_of(config, hunted, hunter) == wanted
-    assert len(hunter.killed) >= 3
-    assert hunted.usage().repeats <= hunted.usage().deaths <= len(hunter.killed)
+    culler = Culler(hunted.pids, every=40)
+    assert trace_of(config, hunted, culler) == wanted
+    assert len(culler.killed) >= 3
+    assert hunted.usage().repeats <= hunted.usage().deaths <= len(culler.killed)
 
 
 def test_values_that_depend_on_neighbours_are_the_same_everywhere() -> None:

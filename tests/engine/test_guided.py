@@ -353,16 +353,16 @@ def test_signals_without_a_word_are_survived(count: int, predictor: str) -> None
 
 @pytest.mark.parametrize("guard", ["measured", "always"])
 def test_one_label_and_equal_labels_are_not_trusted(guard: Any) -> None:
-    for fine in (1, 40):
+    for fine in (1, 24):
         algorithm = Guided(CHOICES, seed=1, pool=20, predictor="stack", first_fit=4, guard=guard)
-        for i in range(40):
+        for i in range(24):
             jobs = algorithm.ask(i, 1)
             assert len(jobs) == 1
             loss = 3.0 if i < fine else np.inf
             algorithm.tell(Told(jobs.ids, jobs.population, np.array([[loss]]), np.zeros(1)))
         state = algorithm.report()
         assert state["labels"] == fine
-        assert (state["guard"] == "trusted") == (guard == "always" and fine == 40)
+        assert (state["guard"] == "trusted") == (guard == "always" and fine == 24)
 
 
 # -- signals ------------------------------------------------------------------------------------

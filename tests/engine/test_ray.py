@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import http.server
 import os
-import random
-import signal
 import socket
 import sys
 import threading
@@ -21,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import process_tools
-from process_tools import mixed_space
+from process_tools import Culler, mixed_space
 
 import searchlab
 from searchlab._executor_flags import _resources, add_flags, executor_options
@@ -30,7 +28,7 @@ from searchlab.errors import ConfigError, DataError, EvaluationError
 from searchlab.evaluator import Evaluator, FunctionEvaluator, Objective
 from searchlab.executors import Executor, LocalExecutor, RayExecutor
 from searchlab.executors.ray_cluster import Cluster, Need, check_token, is_loopback, split_address
-from searchlab.loop import Callback, Progress
+from searchlab.loop import Callback
 from searchlab.population import Jobs
 from searchlab.search import run, search
 from searchlab.study import MemoryRun
@@ -115,16 +113,9 @@ def trace_of(config: SearchConfig, executor: Executor, *callbacks: Callback) -> 
 def test_killed_workers_leave_the_trace_of_one_process(cluster: str) -> None:
     config = config_of(FunctionEvaluator(process_tools.slow, mixed_space()), lag=16, budget=120)
     executor = RayExecutor(workers=2, address=cluster)
-    draw, killed = random.Random(0), []
-
-    def hunt(progress: Progress) -> None:
-        if progress.finished >= 40 * (len(killed) + 1) and executor.pids():
-            killed.append(draw.choice(executor.pids()))
-            with suppress(ProcessLookupError):
-                os.kill(killed[-1], signal.SIGKILL)
-
-    assert trace_of(config, executor, hunt) == trace_of(config, LocalExecutor())
-    assert len(killed) >= 2
+    culler = Culler(executor.pids, every=40)
+    assert trace_of(config, executor, culler) == trace_of(config, LocalExecutor())
+    assert len(culler.killed) >= 2
 
 
 def test_chunks_are_never_split(cluster: str) -> None:

@@ -16,10 +16,10 @@ from searchlab.executors.base import Chunk
 from searchlab.population import Jobs, Population
 
 TAKER = """
-import sys, time
+import os, sys, time
 from searchlab.executors._ring import NOTHING, Claims
-claims = Claims(int(sys.argv[1]), int(sys.argv[2]))
-while True:
+claims, test = Claims(int(sys.argv[1]), int(sys.argv[2])), os.getppid()
+while os.getppid() == test:
     ticket, message = claims.take()
     if message == b"end":
         break

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from searchlab.cli import main
+from searchlab.population import OK
+from searchlab.records import Records
+from searchlab.study import Database
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "external.md"
 
@@ -101,6 +106,59 @@ def test_ask_and_tell_of_the_page(folder: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["tell", "queue", "results.jsonl"]) == 2
     assert "candidate 9 was never handed out" in capsys.readouterr().err
+
+
+SBATCH = """#!/bin/bash
+# sbatch --wait --array=0-N SCRIPT: tasks side by side; those that the file `lost` names never begin
+for i in $(seq 0 "${2##*-}"); do
+  grep -qx "$i" lost || SLURM_ARRAY_TASK_ID=$i bash "$3" &
+done
+wait
+"""
+
+
+def test_the_array_of_the_page(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scripts as they stand, with an `sbatch` of this test in place of a cluster."""
+    programs = folder / "bin"
+    programs.mkdir()
+    python = f'#!/bin/bash\nexec "{sys.executable}"'
+    texts = {
+        "sbatch": SBATCH,
+        "searchlab": f'{python} -m searchlab "$@"\n',
+        "python3": f'{python} "$@"\n',
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    scripts = {
+        name: block.replace("-n 64", "-n 6")
+        for block in blocks("bash")
+        for name in ("round.sh", "one.sh")
+        if f"\n# {name}: " in block
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+    _, *arguments = command_of(blocks("bash")[1])
+    arguments[arguments.index("--budget") + 1] = "8"
+    out_of(capsys, arguments)
+
+    def records() -> Records:
+        with Database(folder / "runs" / "searchlab.db") as base:
+            return base.read("queue").records()
+
+    (folder / "lost").write_text("1\n4\n")
+    subprocess.run(["bash", "round.sh"], check=True, timeout=300)
+    assert sorted(records().ids.tolist()) == [0, 2, 3, 5]
+    (folder / "lost").write_text("")
+    (folder / "round.sh").write_text(scripts["round.sh"].replace("-n 6", "-n 6 --again"))
+    subprocess.run(["bash", "round.sh"], check=True, timeout=300)
+    found = records()
+    assert {0, 1, 2, 3, 4, 5} <= set(found.ids.tolist())
+    assert (found.state == OK).all()
+    assert "verified" in out_of(capsys, ["verify", "queue"])
 
 
 def test_ask_opens_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

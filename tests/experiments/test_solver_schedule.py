@@ -11,10 +11,15 @@ import torch
 
 from searchlab.cli import main
 from searchlab.errors import ConfigError, SpaceError
+from searchlab.evaluators.gaussian_mixture import MixtureProblem
 from searchlab.evaluators.trajectories import PrefixTree
 from searchlab.experiments.solver_schedule import RECIPE, SolverScheduleOptions, build
 from searchlab.experiments.solver_schedule_export import export
-from searchlab.experiments.solver_schedule_problems import digits_problem, reference_schedule
+from searchlab.experiments.solver_schedule_problems import (
+    digits_problem,
+    mixture_problem,
+    reference_schedule,
+)
 from searchlab.search import run
 from searchlab.spaces.solver_schedule.families import fixed_family
 from searchlab.spaces.solver_schedule.schedule_file import load_bundle
@@ -160,6 +165,20 @@ def test_the_reference_is_far_better_than_what_is_searched():
     tables = [compile_schedule(reference_schedule(problem.noise, n)) for n in (60, 200)]
     short, long = tree.run(tables)
     assert float((short - long).square().mean().sqrt()) < 1e-3
+
+
+def test_what_runs_of_a_process_share_is_what_each_would_make():
+    reference, mixture = mixture_problem().reference, MixtureProblem()
+    x = mixture_problem().start(3, 5)
+    ends = {"start": mixture.noise.start, "end": mixture.noise.end}
+    reference(x).zero_()  # whoever writes into an answer does not write into the next one
+    assert torch.equal(reference(x), mixture.reference_solution(x, **ends))
+    assert torch.equal(reference(2 * x), mixture.reference_solution(2 * x, **ends))
+    known = [build(SolverScheduleOptions(**TINY)).stages[0].seeds for _ in range(2)]
+    assert known[0] is known[1]
+    other = build(SolverScheduleOptions(**{**TINY, "nfe": "5"})).stages[0].seeds
+    assert other.origin == known[0].origin[: len(other.origin)]
+    assert len(other.origin) == len(known[0].origin) // 2
 
 
 @pytest.mark.diffusers

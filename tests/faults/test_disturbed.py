@@ -30,12 +30,14 @@ from searchlab.records import Records
 from searchlab.search import run
 from searchlab.study import Database, MemoryRun
 from searchlab.testing.faults import (
+    Hunter,
     Unreliable,
     config_of,
     descendants,
     disturbed,
     is_alive,
     plan_of,
+    recorded,
     stored,
     undisturbed,
 )
@@ -85,40 +87,7 @@ def test_late_and_duplicate_answers_are_dropped(seed: int, wanted: Any) -> None:
     assert executor.repeated > 0
 
 
-# -- twenty seconds of everything at once -------------------------------------------------------
-
-
-class Hunter:
-    """Kills and stops workers while a run goes on, but not before its first result."""
-
-    def __init__(self, seed: int) -> None:
-        self.draw = np.random.default_rng(seed)
-        self.struck = 0
-        self.armed = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._hunt, daemon=True)
-
-    def __call__(self, progress: Progress) -> None:
-        self.armed = True
-
-    def __enter__(self) -> Hunter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _hunt(self) -> None:
-        while not self._stop.wait(float(0.8 + self.draw.random())):
-            workers = descendants(os.getpid())
-            if workers and self.armed:
-                how = signal.SIGSTOP if self.draw.random() < 0.2 else signal.SIGKILL
-                try:
-                    os.kill(int(self.draw.choice(workers)), how)
-                except ProcessLookupError:
-                    continue
-                self.struck += 1
+# -- ten seconds of everything at once -------------------------------------------------------
 
 
 def handles() -> int:
@@ -132,29 +101,30 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.slow
-def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any) -> None:
-    hunter = Hunter(5)
+def test_ten_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any) -> None:
+    hunter = Hunter(lambda: descendants(os.getpid()), 5, pause=(0.8, 1.8), stops=0.2)
 
     def once(number: int) -> None:
         hunter.armed = False
         executor = ProcessExecutor(workers=2, deadline=1.5, retries=30)
-        config = config_of(EVALUATIONS)
-        with Database(tmp_path / f"{number}.db") as base:
-            space = config.stages[0].space.fingerprint
-            store = base.open_run("run", config=config.describe(), space=space, seed=0, out="")
-            run(config, store=store, executor=Unreliable(executor, number), callbacks=[hunter])
-            assert base.read("run").records().trace() == wanted
+        records = recorded(
+            tmp_path / f"{number}.db",
+            config_of(EVALUATIONS),
+            Unreliable(executor, number),
+            callbacks=[hunter],
+        )
+        assert records.trace() == wanted
 
     once(0)
     before = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
     began, number = time.monotonic(), 0
     with hunter:
         # A busy machine gets to the strikes later.
-        while (spent := time.monotonic() - began) < 20 or (hunter.struck < 3 and spent < 90):
+        while (spent := time.monotonic() - began) < 10 or (hunter.strikes < 3 and spent < 90):
             number += 1
             once(number)
     after = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
-    assert hunter.struck >= 3
+    assert hunter.strikes >= 3
     assert number >= 2
     assert after[0] <= before[0]
     assert after[1] <= before[1]
