@@ -114,7 +114,7 @@ QUICK: dict[Objective, Sizes] = {
         of="highest",
     ),
     "fd": Sizes(
-        nfe=(3, 3),
+        nfe=(4, 4),
         seeds=(0,),
         released=0,
         per_nfe=64,
@@ -123,7 +123,7 @@ QUICK: dict[Objective, Sizes] = {
         reference_steps=20,
         banks=2,
         hindsight=(),
-        ratio={3: 1.0},
+        ratio={4: 1.0},
         of="mean",
     ),
 }

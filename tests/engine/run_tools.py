@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from searchlab.cli import main
 from searchlab.errors import SearchlabError
 from searchlab.records import Records
 from searchlab.study import Database
@@ -28,12 +32,23 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(folder: Path, *arguments: str) -> str:
-    """Waits for the command, which has to succeed; what it printed."""
-    process = started(folder, *arguments)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, text
-    return text
+def finish(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command in this process; it has to succeed.
+
+    As in a process of its own, modules of the folder are found, and are others in the next folder.
+    """
+    threads, loaded = torch.get_num_threads(), set(sys.modules)
+    try:
+        with monkeypatch.context() as here:
+            here.chdir(folder)
+            here.syspath_prepend(folder)
+            assert main([*arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        for name in set(sys.modules) - loaded:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).is_relative_to(folder):
+                del sys.modules[name]
 
 
 def records_of(folder: Path, name: str) -> Records:

@@ -6,15 +6,11 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from run_tools import DATABASE, count, records_of, started, times_of
-
-from searchlab.cli import main
+from run_tools import DATABASE, count, finish, records_of, started, times_of
 
 SEARCH = [
     *("solver_schedule", "--problem", "mixture", "--nfe", "5..6", "--budget", "120"),
@@ -22,22 +18,12 @@ SEARCH = [
 ]
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    """Runs in this process set them."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_threads")
 def test_three_kills_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Only what is killed needs a process of its own.
-    monkeypatch.chdir(tmp_path)
-    assert main(["run", *SEARCH, *DATABASE, "--out", "whole"]) == 0
+    finish(tmp_path, monkeypatch, "run", *SEARCH, *DATABASE, "--out", "whole")
     whole = records_of(tmp_path, "whole")
     searched = int((whole.stage < 1000).sum())
 
@@ -64,8 +50,7 @@ def test_three_kills_change_nothing(
         assert seen.items() <= times_of(records).items()
         seen = times_of(records)
         arguments = ["resume", "killed", *DATABASE]
-    monkeypatch.chdir(folder)
-    assert main(arguments) == 0
+    finish(folder, monkeypatch, *arguments)
 
     killed = records_of(folder, "killed")
     assert killed.trace() == whole.trace()
@@ -73,7 +58,7 @@ def test_three_kills_change_nothing(
     np.testing.assert_array_equal(killed.cached, whole.cached)
     np.testing.assert_array_equal(killed.attempts, whole.attempts)
     capsys.readouterr()
-    assert main(["verify", "killed", *DATABASE]) == 0
+    finish(folder, monkeypatch, "verify", "killed", *DATABASE)
     assert "verified" in capsys.readouterr().out
     one, two = (
         json.loads((place / "result.json").read_text())

@@ -36,12 +36,12 @@ def write_run(folder: Path, k: int = 6) -> None:
 
 @pytest.mark.slow
 def test_four_workers_a_kill_and_one_worker_give_the_trace_of_an_undisturbed_run(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
         write_run(folder)
-    finish(one, "run", *SEARCH, "--name", "whole")
+    finish(one, monkeypatch, "run", *SEARCH, "--name", "whole")
     whole = records_of(one, "whole")
 
     workers = ("--executor", "processes", "--workers", "4")
@@ -57,7 +57,7 @@ def test_four_workers_a_kill_and_one_worker_give_the_trace_of_an_undisturbed_run
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
     before = records_of(other, "killed")
     assert 40 <= len(before) < len(whole)
-    finish(other, "resume", "killed", *DATABASE)
+    finish(other, monkeypatch, "resume", "killed", *DATABASE)
 
     killed = records_of(other, "killed")
     assert killed.trace() == whole.trace()
