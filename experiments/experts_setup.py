@@ -251,8 +251,8 @@ def prepare(options: ExpertsOptions) -> Prepared:
     layout = layout_of(source.config, family)
     if source.folder is not None and (size := weight_bytes(source)):
         # As stored: quantised experts are smaller than the configuration's dtype says.
-        each = layout_of_files(source.folder, family).expert_bytes
-        layout = replace(layout, expert_bytes=each, total_bytes=size)
+        stored = layout_of_files(source.folder, family).expert_bytes
+        layout = replace(layout, expert_bytes=stored, total_bytes=size)
     keep = options.keep
     if keep is None and options.memory is None:
         keep = "100%" if options.front else "50%"
