@@ -275,7 +275,10 @@ def prepare(options: ExpertsOptions) -> Prepared:
         stops=source.stops,
     )
     settings = LanguageSettings(
-        metric=options.metric, batch_tokens=options.tokens, new_tokens=options.new_tokens
+        metric=options.metric,
+        batch_tokens=options.tokens,
+        new_tokens=options.new_tokens,
+        smooth=options.smoothing(),
     )
     prepared = Prepared(options, source, family, layout, each, total, task, prompts, settings)
     prepared.pruning()
