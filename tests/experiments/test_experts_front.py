@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 
 from searchlab.cli import main
-from searchlab.errors import ConfigError, SearchlabError
+from searchlab.errors import ConfigError, DataError, SearchlabError
 from searchlab.experiments import experts_setup
 from searchlab.experiments.experts import ExpertsOptions, build
 from searchlab.experiments.zoo.characters import CHARACTERS, task_path
@@ -198,9 +198,10 @@ def test_options_that_cannot_be_are_named(options: dict[str, Any], said: str) ->
         ({"front": True, "keep": "1", "active": 2}, "keep 1 experts"),
         ({"front": True, "memory": "1KiB"}, "memory '1KiB'"),
         ({"front": True, "per_block": True, "groups": "2"}, "groups 2"),
+        ({"device": "nonsense"}, "device 'nonsense' is not here; allowed: cpu"),
     ],
 )
-def test_fronts_that_cannot_be_are_named_before_the_model_is_loaded(
+def test_what_cannot_be_is_named_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
 ) -> None:
     def loads(*_: Any, **__: Any) -> None:
@@ -209,6 +210,22 @@ def test_fronts_that_cannot_be_are_named_before_the_model_is_loaded(
     monkeypatch.setattr(experts_setup, "load_model", loads)
     with pytest.raises(SearchlabError, match=said):
         build(ExpertsOptions(**options))
+
+
+def test_families_that_transformers_does_not_know_are_named(tmp_path: Path, words: str) -> None:
+    content = json.dumps({"model_type": "nobody_moe", "num_local_experts": 4})
+    (tmp_path / "config.json").write_text(content, "utf-8")
+    with pytest.raises(ConfigError, match="no table for model type 'nobody_moe'"):
+        experts_setup.prepare(ExpertsOptions(model=str(tmp_path), task=words))
+
+
+def test_items_that_lack_a_field_are_named_with_their_line(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{number}", "options": ["b", "c"], "answer": 0} for number in range(8)]
+    del rows[5]["answer"]
+    path = tmp_path / "task.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    with pytest.raises(DataError, match=r"search: item 4 \(line 6\) has no answer"):
+        experts_setup.prepare(ExpertsOptions(task=str(path)))
 
 
 # -- workers --------------------------------------------------------------------------------------
