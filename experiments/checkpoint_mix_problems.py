@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,6 +38,7 @@ __all__ = [
     "digits_loss",
     "digits_score",
     "ring_score",
+    "small_digits",
     "train_ring",
 ]
 
@@ -59,6 +61,14 @@ def _digits_net(state: Mapping[str, Tensor], held: list[DigitsDenoiserNet]) -> D
         held[0].eval().requires_grad_(False)
     held[0].load_state_dict({name: value.float() for name, value in state.items()})
     return held[0]
+
+
+def small_digits(path: Path | None = None) -> DigitsDenoiser:
+    """One of the bundled checkpoints as a model of its own; None = the last one."""
+    file = max(DIGITS_CHECKPOINTS.glob("*.safetensors")) if path is None else path
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    net = _digits_net(load_file(file), [])
+    return DigitsDenoiser(net, digest, sigma_data=SIGMA_DATA, sigma_max=SIGMA_MAX)
 
 
 class DigitsSampler:

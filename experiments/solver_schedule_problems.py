@@ -16,6 +16,7 @@ from searchlab.evaluators.gaussian_mixture import MixtureProblem
 from searchlab.evaluators.sampling import SampleDistance, SamplingProblem
 from searchlab.evaluators.trajectories import PrefixTree
 from searchlab.experiments.zoo.digits import (
+    DigitsDenoiser,
     data_mean,
     load_digits_classifier,
     load_digits_denoiser,
@@ -66,18 +67,22 @@ def _solution(rows: bytes) -> Tensor:
 
 
 def digits_problem(
-    *, label: int | None = None, reference_steps: int = 60
+    *,
+    label: int | None = None,
+    reference_steps: int = 60,
+    model: DigitsDenoiser | None = None,
 ) -> tuple[SamplingProblem, SampleDistance]:
     """Sampling scikit-learn's digits with the bundled model, and their feature distance.
 
     Args:
         label: class to sample, 0 to 9; None = unconditional.
         reference_steps: model calls of the reference solution.
+        model: another one, without `label`; None = the bundled one.
     """
     if reference_steps < 20:
         raise ConfigError(f"reference_steps {reference_steps}; allowed: 20 or more")
     noise = Edm()
-    denoise = load_digits_denoiser(label=label)
+    denoise = load_digits_denoiser(label=label) if model is None else model
     table = compile_schedule(reference_schedule(noise, reference_steps))
     identity: dict[str, Any] = {
         "model": denoise.model_hash,

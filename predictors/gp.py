@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-from searchlab.predictors.base import BasePredictor, Folds, State, normals_of
 from searchlab.predictors.preprocess import Features
-from searchlab.uniforms import derived
+from searchlab.predictors.process import JITTER, Process
 
 __all__ = ["GaussianProcess"]
 
 Floats = NDArray[np.float64]
-
-MOST = 1500  # labels that the process keeps
-FITTED = 300  # labels that its numbers are fitted on
-_JITTER = 1e-8
 
 # Median and sd of the log of each number, a priori.
 _PRIOR = {
@@ -125,7 +119,7 @@ def _misfit(log: Floats, d: _Distances, targets: Floats) -> tuple[float, Floats]
     noise = np.exp(log[-1])
     slope["noise"] = np.zeros(0)
     covariance = covariance.copy()
-    covariance[np.diag_indices_from(covariance)] += noise + _JITTER
+    covariance[np.diag_indices_from(covariance)] += noise + JITTER
     root = cho_factor(covariance, lower=True)
     inverse = cho_solve(root, np.eye(len(targets)))
     weights = inverse @ targets
@@ -141,38 +135,17 @@ def _misfit(log: Floats, d: _Distances, targets: Floats) -> tuple[float, Floats]
     return float(value), gradient
 
 
-class GaussianProcess(BasePredictor):
+class GaussianProcess(Process):
     """A Gaussian process whose kernel joins codes and signals.
 
-    Its nine numbers have priors and are fitted by evidence on at most `FITTED` labels; at most
-    `MOST` labels are kept, the better half and others at random. It is its data: a folder holds the
-    candidates it learnt from.
-
-    Thompson draws share one drawn function at the labels' places, from which the values between
-    follow; what the labels leave open is drawn independently.
+    Its nine numbers have priors and are fitted by evidence on at most `FITTED` labels; what is kept
+    of the labels, and draws, see `Process`.
     """
 
     name: ClassVar[str] = "gp"
-    keeps_data: ClassVar[bool] = True
-    folds_cheaply: ClassVar[bool] = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._log: Floats = _MEDIAN.copy()
-        self._seen: Features | None = None
-        self._weights: Floats = np.empty(0)
-        self._root: NDArray[Any] = np.empty((0, 0))
-        self._function: tuple[NDArray[Any], NDArray[Any]] | None = None
-
-    def _learn(self, features: Features, targets: Floats, seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        if len(targets) > MOST:
-            order = np.argsort(targets, kind="stable")
-            others = generator.permutation(order[MOST // 2 :])[: MOST - MOST // 2]
-            rows = np.sort(np.concatenate([order[: MOST // 2], others]))
-            features, targets = features.take(rows), targets[rows]
+    def _fitted(self, features: Features, targets: Floats, some: NDArray[np.int64]) -> Floats:
         distances = _Distances.of(features, features)
-        some = np.sort(generator.permutation(len(targets))[:FITTED])
         found = minimize(
             _misfit,
             _MEDIAN,
@@ -182,87 +155,10 @@ class GaussianProcess(BasePredictor):
             bounds=list(zip(_MEDIAN - 4 * _WIDTH, _MEDIAN + 4 * _WIDTH, strict=True)),
             options={"maxiter": 40},
         )
-        self._log, self._seen = np.asarray(found.x, dtype=np.float64), features
-        self._keep(_kernel(self._log, distances)[0], targets)
+        return np.asarray(found.x, dtype=np.float64)
 
-    def _keep(self, covariance: Floats, targets: Floats) -> None:
-        """The posterior at the fitted numbers."""
-        noisy = covariance.copy()
-        noisy[np.diag_indices_from(noisy)] += np.exp(self._log[-1]) + _JITTER
-        self._root = np.linalg.cholesky(noisy)
-        self._weights = cho_solve((self._root, True), targets)
-        self._function = None
+    def _covariance(self, one: Features, other: Features) -> Floats:
+        return _kernel(self._log, _Distances.of(one, other))[0]
 
-    def left_out(self, features: Features, targets: Floats, folds: Folds, seed: int) -> Floats:
-        """See the base class; the kernel's numbers are those of the fit to all labels."""
-        if self._seen is None or len(self._seen) != len(targets):
-            return super().left_out(features, targets, folds, seed)
-        covariance = _kernel(self._log, _Distances.of(features, features))[0]
-        noise, out = np.exp(self._log[-1]) + _JITTER, np.empty(len(targets))
-        for rows in folds:
-            rest = np.setdiff1d(np.arange(len(targets)), rows)
-            inner = covariance[np.ix_(rest, rest)]
-            inner[np.diag_indices_from(inner)] += noise
-            weights = cho_solve(cho_factor(inner, lower=True), targets[rest])
-            centre = (covariance[np.ix_(rest, rest)] @ weights).mean()
-            out[rows] = covariance[np.ix_(rows, rest)] @ weights - centre
-        return out
-
-    def _cross(self, features: Features) -> Floats:
-        assert self._seen is not None
-        return _kernel(self._log, _Distances.of(features, self._seen))[0]
-
-    def _scores(self, features: Features) -> tuple[Floats, Floats]:
-        cross = self._cross(features)
-        solved = solve_triangular(self._root, cross.T, lower=True, check_finite=False)
-        left = np.maximum(_variance(self._log, features) - (solved**2).sum(axis=0), 0.0)
-        return cross @ self._weights, np.sqrt(left + np.exp(self._log[-1]))
-
-    def _draw(self, features: Features, u: Floats) -> Floats:
-        assert self._seen is not None
-        function = self._function
-        if function is None:
-            covariance = self._cross(self._seen)
-            solved = solve_triangular(self._root, covariance, lower=True)
-            posterior = covariance - solved.T @ solved
-            jitter = 1e-6 * float(np.diag(covariance).mean())
-            at = np.diag_indices_from(covariance)
-            posterior[at] += jitter
-            covariance[at] += jitter
-            function = self._function = (
-                np.linalg.cholesky(posterior),
-                np.linalg.cholesky(covariance),
-            )
-        spread, prior = function
-        cross = self._cross(features)
-        solved = solve_triangular(prior, cross.T, lower=True, check_finite=False)
-        open_ = np.maximum(_variance(self._log, features) - (solved**2).sum(axis=0), 0.0)
-        at_labels = spread @ normals_of(u, len(spread)).T
-        moved = solved.T @ solve_triangular(prior, at_labels, lower=True)
-        own = normals_of(derived(np.asarray(u), 1, 2), len(features))
-        out: Floats = cross @ self._weights + moved.T + np.sqrt(open_) * own
-        return out
-
-    def _state(self) -> State:
-        assert self._seen is not None
-        seen = self._seen
-        return {"elements": seen.elements}, {
-            "log": self._log,
-            "x": seen.x,
-            "scores": seen.scores,
-            "missing": seen.missing,
-            "means": seen.means,
-            "weights": self._weights,
-            "root": self._root,
-        }
-
-    def _restore(self, config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        self._log, self._weights, self._root = arrays["log"], arrays["weights"], arrays["root"]
-        self._seen = Features(
-            arrays["x"],
-            arrays["scores"],
-            arrays["missing"],
-            arrays["means"],
-            float(config["elements"]),
-        )
-        self._function = None
+    def _variance(self, features: Features) -> Floats:
+        return _variance(self._log, features)

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from searchlab.errors import ConfigError
+from searchlab.predictors.additive import Additive, Parts
 from searchlab.predictors.base import LEAST, BasePredictor, State, folds_of, part_of
 from searchlab.predictors.boosted import Boosted
 from searchlab.predictors.forest import Forest
 from searchlab.predictors.gp import GaussianProcess
-from searchlab.predictors.preprocess import Features
+from searchlab.predictors.preprocess import Features, Inputs
 from searchlab.predictors.ridge import Ridge
 
 __all__ = ["Stack"]
@@ -23,12 +24,15 @@ Floats = NDArray[np.float64]
 
 MEMBERS_FROM = {"gbdt": 100}  # labels below which a member is not worth its fit
 JUDGED = 10  # labels from which on weights are fitted
-_BELIEF = {"gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}  # weights before any label is seen
+# Weights before any label is seen, as ratios.
+_BELIEF = {"additive": 0.7, "gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}
+_ALONE = {"additive": 4.0}  # without signals `gp` knows only how many elements differ
 _WORTH = 60.0  # labels that this belief is worth
 
 
-def _member(name: str) -> BasePredictor:
+def _member(name: str, parts: Parts | None = None) -> BasePredictor:
     made: dict[str, Any] = {
+        "additive": lambda: Additive(parts),
         "gp": GaussianProcess,
         "ridge": Ridge,
         "rf": lambda: Forest(trees=60),
@@ -39,18 +43,20 @@ def _member(name: str) -> BasePredictor:
 
 
 class Stack(BasePredictor):
-    """The default: `gp`, `gbdt`, `ridge` and `rf` with signals as inputs, joined.
+    """The default: `additive`, `gp`, `gbdt`, `ridge` and `rf` with signals as inputs, joined.
 
     The weights are those that fit best what the members say of labels in left-out folds, none
     negative, mixed with a fixed belief that counts as much as `_WORTH` labels. `gbdt` joins from
-    100 labels on; with fewer it adds time only. The standard
+    100 labels on; with fewer it adds time only. `additive` joins where there are several variables;
+    of a single one it knows no more than `gp` and `ridge` do. The standard
     deviation joins the members' own and their disagreement, scaled so that it fits the left-out
     labels.
 
-    Without its data, a folder holds all members but `gp`; the others' weights are then raised.
+    Without its data, a folder holds all members but `additive` and `gp`; the others' weights are
+    then raised.
 
     Args:
-        members: names among gp, gbdt, ridge and rf.
+        members: names among additive, gp, gbdt, ridge and rf.
     """
 
     name: ClassVar[str] = "stack"
@@ -64,20 +70,28 @@ class Stack(BasePredictor):
                 f"members {list(members)} of a stack; allowed: one or more of {list(_BELIEF)}"
             )
         self.wanted = tuple(members)
+        self._parts: Parts | None = None
+        self._several, self._alone = True, False
         self.members = {name: _member(name) for name in members}
         self.weights = self._belief()
         self._scale = 1.0
         self._unseen: Floats | None = None
 
     def _belief(self) -> Floats:
-        belief = np.array([_BELIEF[name] for name in self.members])
+        ratios = _BELIEF | _ALONE if self._alone else _BELIEF
+        belief = np.array([ratios[name] for name in self.members])
         out: Floats = belief / belief.sum()
         return out
 
+    def _prepare(self, inputs: Inputs, pool: Features | None) -> None:
+        self._parts = Parts.of(inputs.space)
+        self._several = len(inputs.space.variables) > 1
+
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
-        n = len(targets)
-        names = [name for name in self.wanted if n >= MEMBERS_FROM.get(name, 0)] or self.wanted
-        self.members = {name: _member(name) for name in names}
+        n, self._alone = len(targets), not features.signals.shape[1]
+        names = [name for name in self.wanted if n >= MEMBERS_FROM.get(name, 0)]
+        names = [name for name in names if name != "additive" or self._several]
+        self.members = {name: _member(name, self._parts) for name in names or self.wanted}
         members = self.members.values()
         for member in members:
             member._learn(features, targets, seed)

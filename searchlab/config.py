@@ -69,6 +69,7 @@ EXECUTORS: dict[str, str] = {
     "ray": "searchlab.executors.ray:RayExecutor",
 }
 PREDICTORS: dict[str, str] = {
+    "additive": "searchlab.predictors.additive:Additive",
     "dele": "searchlab.predictors.dele:Dele",
     "dynamic": "searchlab.predictors.dynamic:Dynamic",
     "gbdt": "searchlab.predictors.boosted:Boosted",

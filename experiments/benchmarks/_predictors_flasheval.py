@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from searchlab.evaluators.flasheval import CONFIGS, METRICS, VARIABLES, FlashEval
 from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, spread
-from searchlab.experiments.benchmarks._predictors_cells import fitted, kendall
+from searchlab.experiments.benchmarks._predictors_cells import bare, fitted, kendall
 from searchlab.predictor import Table, table_of
 
 __all__ = ["run"]
@@ -64,16 +63,6 @@ def _baselines(table: Table, losses: Floats, rows: NDArray[np.int64], seed: int)
     return {name: m.fit(x[rows], losses[rows]).predict(x) for name, m in models.items()}
 
 
-def _free(table: Table) -> Table:
-    """The table with the cost only, which follows from the settings as the log of steps does."""
-    return replace(
-        table,
-        signals=table.signals[:, :1],
-        signal_names=table.signal_names[:1],
-        directions=table.directions[:1],
-    )
-
-
 def _log_steps(table: Table) -> Floats:
     """Log of the number of steps of each candidate, (n,)."""
     start = 0
@@ -105,7 +94,7 @@ def run(journal: Journal, quick: bool) -> None:
                 order = np.random.default_rng(seed).permutation(len(table))
                 rows, test = order[:n], order[n:]
                 scores = _baselines(table, losses, rows, seed)
-                for name, shown in (("stack", _free(table)), (_SIGNALS, table), (_MORE, wide)):
+                for name, shown in (("stack", bare(table)), (_SIGNALS, table), (_MORE, wide)):
                     scores[name] = fitted("stack", shown, losses, rows, seed, shown).rank(shown)
                 for name, said in scores.items():
                     found.setdefault(name, []).append(kendall(said[test], losses[test]))

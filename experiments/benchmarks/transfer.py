@@ -1,7 +1,7 @@
 """Predictors that are used again: evaluations that an earlier search saves the next one.
 
     python -m searchlab.experiments.benchmarks.transfer [--quick] [--check] [--out FILE]
-        [--part order|cells|calls]...
+        [--part order|cells|calls|models]... [--folder F] [--minutes M]
 
 `order`: a predictor of CIFAR-10 labels of NAS-Bench-201 goes to a folder and is read back.
 Kendall's tau on cells whose CIFAR-100 labels nobody has seen: as it is, refitted to 25 of them
@@ -9,15 +9,19 @@ Kendall's tau on cells whose CIFAR-100 labels nobody has seen: as it is, refitte
 best cells of CIFAR-100 is found, from scratch, with the ten best cells of a search on CIFAR-10 to
 start at, and with the predictor that this search left beside them. `calls`: schedules of 6 model
 calls, then of 8 (problem `mixture`): evaluations to the error that the search from scratch ends
-with.
+with. `models`: schedules of 6 calls for a small model of digits, then for one 2.7 times as wide,
+from scratch, with the ten best of the small one, and with its predictor beside them; what was begun
+with counts.
 
 Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
-below $SEARCHLAB_DATA; its cases are skipped where it is not.
+below $SEARCHLAB_DATA; its cases are skipped where it is not. With `--folder` finished seeds of
+`models` are kept there, so that a benchmark which was stopped, by `--minutes` too, goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +39,7 @@ from searchlab._tau import tau_of
 from searchlab.config import Budget, SearchConfig
 from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.nasbench201 import FILE, SIGNALS
+from searchlab.evaluators.sampling import SamplingEvaluator
 from searchlab.evaluators.table import TableEvaluator
 from searchlab.experiments.benchmarks._common import (
     Aim,
@@ -44,18 +49,21 @@ from searchlab.experiments.benchmarks._common import (
     other_parts,
     spread,
 )
+from searchlab.experiments.checkpoint_mix_problems import small_digits
 from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
+from searchlab.experiments.solver_schedule_problems import digits_problem
 from searchlab.population import OK
 from searchlab.predictor import Table, table_of
 from searchlab.predictors.reuse import Earlier, Warm
 from searchlab.predictors.stack import Stack
 from searchlab.prior import PriorRequest, with_prior
 from searchlab.runs import run_in_database
+from searchlab.warm_start import with_warm_start
 
 __all__ = ["main"]
 
 Floats = NDArray[np.float64]
-PARTS = ("order", "cells", "calls")
+PARTS = ("order", "cells", "calls", "models")
 MOST, TOP = 100, 16
 FROM, TO = "6", "8"
 
@@ -282,19 +290,134 @@ def calls(journal: Journal) -> None:
     )
 
 
+# -- models -------------------------------------------------------------------------------------
+
+
+def _digits(seed: int, quick: bool, *, small: bool) -> SearchConfig:
+    config = build(
+        SolverScheduleOptions(
+            preset="guided",
+            problem="digits",
+            nfe=FROM,
+            budget=16 if quick else 60,
+            samples=192 if quick else 256,
+            held_out=256,
+            seed=seed + 100 * small,
+            data_seed=seed,
+        )
+    )
+    stages = config.stages
+    if small:
+        problem = digits_problem(model=small_digits())[0]
+        stages = tuple(
+            replace(
+                stage, evaluator=replace(cast(SamplingEvaluator, stage.evaluator), problem=problem)
+            )
+            for stage in stages
+        )
+    return replace(config, stages=stages, final=None)
+
+
+WAYS = ("from scratch", "ten best", "ten best and predictor")
+
+
+def _other_model(seed: int, quick: bool) -> dict[str, Any]:
+    """The error after each evaluation, CPU seconds and model rows of each way, and the notes."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        _errors(_digits(seed, quick, small=True), base / "old")
+        for way in WAYS:
+            start = time.process_time()
+            config = _digits(seed, quick, small=False)
+            if way != "from scratch":
+                config = with_warm_start(config, base / "old")
+            if "predictor" in way:
+                config = with_prior(config, PriorRequest(base / "old" / "predictor"))
+            curve, rows, notes = _errors(config, base / way.replace(" ", "_"))
+            found[way] = {
+                "curve": curve.tolist(),
+                "seconds": time.process_time() - start,
+                "rows": rows,
+                "lines": [note for note in notes if "refit" in note],
+            }
+    return found
+
+
+def models(journal: Journal) -> None:
+    """Schedules for the bundled model of digits after a search for those of a smaller one."""
+    options = journal.options
+    quick, seeds = bool(options.quick), range(1 if options.quick else 5)
+    begun, runs = time.monotonic(), []
+    for seed in seeds:
+        file = None if options.folder is None else options.folder / f"models {seed}.json"
+        if file is not None and file.exists():
+            runs.append(json.loads(file.read_text("utf-8")))
+            continue
+        if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
+            raise TimeoutError
+        runs.append(_other_model(seed, quick))
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(runs[-1]), "utf-8")
+    counts: dict[str, list[int]] = {way: [] for way in WAYS}
+    ends: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    for run in runs:
+        wanted = run["from scratch"]["curve"][-1]
+        for way in WAYS:
+            curve = np.array(run[way]["curve"])
+            counts[way].append(until_found(-curve, -wanted, len(curve)))
+            if way in ends:
+                ends[way].append(float(curve[-1]) / wanted)
+    medians = {way: statistics.median(found) for way, found in counts.items()}
+    last = medians["ten best and predictor"]
+    journal.case(
+        f"schedules of {FROM} calls, a small model of digits to a larger one, evaluations to the "
+        "same error",
+        {
+            "evaluations": {way: spread(found) for way, found in counts.items()},
+            "error at the end, of that from scratch": {w: spread(e) for w, e in ends.items()},
+            "cpu_s": {way: spread([run[way]["seconds"] for run in runs]) for way in WAYS},
+            "signal_rows": {way: spread([run[way]["rows"] for run in runs]) for way in WAYS},
+            "lines": [line for run in runs for line in run["ten best and predictor"]["lines"]],
+        },
+        seeds=seeds,
+        aims=[
+            Aim(
+                "median evaluations, of those from scratch",
+                last / medians["from scratch"],
+                "at most",
+                1.0,
+                False,
+            ),
+            Aim("of those with the ten best", last / medians["ten best"], "at most", 1.0, False),
+        ],
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; the exit status says whether aims were kept where that was asked."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--part", action="append", choices=PARTS, help="these only")
+        parser.add_argument("--folder", type=Path, help="keep finished seeds of `models` there")
+        parser.add_argument("--minutes", type=float, help="begin no further seed after so long")
 
     options = flags(__doc__, arguments, add=add)
     journal = Journal("transfer", options, lines=other_parts(options))
     folder = data_folder("nasbench201")
     for part in options.part or PARTS:
+        if options.part is None and options.quick and part == "models":
+            continue  # a minute and more
         journal.part = part
         if part == "calls":
             calls(journal)
+        elif part == "models":
+            try:
+                models(journal)
+            except TimeoutError:
+                print("stopped by --minutes; the same command goes on", file=sys.stderr)
+                return 3
         elif folder is None:
             journal.skip(part, "no nasbench201 below $SEARCHLAB_DATA")
         elif part == "order":

@@ -67,12 +67,12 @@ def test_a_finished_run_leaves_its_predictor(folder: Path) -> None:
     assert [signal.name for signal in task.signals] == ["cheap"]
     assert len(task.signals[0].quantiles) == 65
     assert not artifact.with_data
-    assert artifact.left_out == ["gp"]
+    assert artifact.left_out == ["additive", "gp"]
 
 
 def test_it_is_shown_and_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = out_of(capsys, ["predictor", "show", "runs/one/predictor"])
-    assert "without its data, hence without gp" in text
+    assert "without its data, hence without additive, gp" in text
     assert "acc (max)" in text
     shown = out_of(capsys, ["predictor", "show", "runs/one/predictor", "--json"])
     assert json.loads(shown)["task"]["objective"] == "acc"
