@@ -80,7 +80,7 @@ def stage_of(loaded: Loaded) -> Stage:
         "n_random": _RANDOM,
         "population": _PARENTS,
         "quantum": options.together,
-        "variation": TradeOffVariation(),
+        "variation": TradeOffVariation(prior=_prior(loaded, space)),
     }
     return Stage(
         "front",
@@ -91,6 +91,19 @@ def stage_of(loaded: Loaded) -> Stage:
         seeds=known_points(loaded, space),
         chunk=options.together,
     )
+
+
+def _prior(loaded: Loaded, space: TradeOffSpace) -> tuple[tuple[float, ...], ...]:
+    """Where experts stand in the rankings of their group, on average: 0 = last, 1 = first."""
+    places = []
+    for scores in loaded.scores.values():
+        share = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-12)
+        groups = [share[space.of_block == g].sum(axis=0) for g in range(space.of_block[-1] + 1)]
+        places.append(np.argsort(np.argsort(np.stack(groups), axis=1), axis=1))
+    if not places:
+        return ()
+    mean = np.mean(places, axis=0) / max(1, space.layout.experts - 1)
+    return tuple(tuple(row) for row in mean.tolist())
 
 
 def final_of() -> Final:

@@ -141,8 +141,8 @@ def figure_sizes(trades: TradeOffs, active_of: Any) -> bytes:
         entries += 1
     if trades.baselines:
         own_points = np.array([(c.values[at] / scale, c.values[0]) for c in trades.baselines])
-        style_of = {"ms": 4, "mfc": "none", "color": COLOURS[-1], "label": "baselines"}
-        axes.plot(own_points[:, 0], own_points[:, 1], "D", **style_of)
+        x, y = own_points[:, 0], own_points[:, 1]
+        axes.plot(x, y, "D", ms=4, mfc="none", color=COLOURS[-1], label="baselines")
         entries += 1
     reported = [c for c in (*trades.finalists, *trades.rivals) if c.report_values]
     if reported:

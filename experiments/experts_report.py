@@ -167,7 +167,7 @@ def _on(evaluator: Any, population: Population, split: Split, replicate: int) ->
         fidelity=len(evaluator.fidelities) - 1,
         replicate=replicate,
     )
-    done = evaluator.evaluate(jobs)
+    done = evaluator.plain().evaluate(jobs)
     assert done.items is not None
     assert done.signals is not None
     out = []

@@ -251,8 +251,8 @@ def prepare(options: ExpertsOptions) -> Prepared:
     layout = layout_of(source.config, family)
     if source.folder is not None and (size := weight_bytes(source)):
         # As stored: quantised experts are smaller than the configuration's dtype says.
-        each = layout_of_files(source.folder, family).expert_bytes
-        layout = replace(layout, expert_bytes=each, total_bytes=size)
+        stored = layout_of_files(source.folder, family).expert_bytes
+        layout = replace(layout, expert_bytes=stored, total_bytes=size)
     keep = options.keep
     if keep is None and options.memory is None:
         keep = "100%" if options.front else "50%"
@@ -275,7 +275,10 @@ def prepare(options: ExpertsOptions) -> Prepared:
         stops=source.stops,
     )
     settings = LanguageSettings(
-        metric=options.metric, batch_tokens=options.tokens, new_tokens=options.new_tokens
+        metric=options.metric,
+        batch_tokens=options.tokens,
+        new_tokens=options.new_tokens,
+        smooth=options.smoothing(),
     )
     prepared = Prepared(options, source, family, layout, each, total, task, prompts, settings)
     prepared.pruning()

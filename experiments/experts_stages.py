@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from searchlab.algorithms.evolution import ParentRule
-from searchlab.config import AlgorithmSpec, Stage
+from searchlab.config import AlgorithmSpec, Final, Stage
 from searchlab.errors import ConfigError
 from searchlab.spaces.experts.merging import AdoptPruned
 from searchlab.spaces.experts.variation import MergingVariation, PruningVariation
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from searchlab.algorithms.base import Seeds
     from searchlab.experiments.experts_setup import Loaded
 
-__all__ = ["FEW", "algorithm_of", "known_points", "stages_of"]
+__all__ = ["FEW", "algorithm_of", "final_of", "known_points", "stages_of"]
 
 FEW = 60  # evaluations up to which nothing is drawn at random
 _STARTS = 8  # random subsets of a longer search
+_FINALISTS = 8
 _POOL = 12  # the best that may be parents; what is worse stops early
 _SHARE = 0.6  # of the evaluations for pruning, where merging follows
 _PARENTS, _MATES = 0.03, 0.01  # of accuracy: 3 points and 1 point below the best
@@ -84,6 +85,16 @@ def stages_of(loaded: Loaded) -> list[Stage]:
             chunk=1,
         ),
     ]
+
+
+def final_of(loaded: Loaded) -> Final:
+    """The final: rankings of experts may win it, and are all reported. The paper's has none."""
+    return Final(
+        k=_FINALISTS,
+        report=1,
+        named=tuple(loaded.known),
+        known=loaded.prepared.options.preset == "default",
+    )
 
 
 def _chunk(loaded: Loaded) -> int:

@@ -20,11 +20,11 @@ from searchlab.final import (
     ROUND_IDS,
     Contender,
     FinalPlan,
-    best_of,
     chosen,
     distinct,
     plan_final,
     score_final,
+    winner_of,
 )
 from searchlab.loop import StageRun
 from searchlab.population import OK, Population
@@ -177,7 +177,7 @@ def _apply(config: SearchConfig, result: Result, plans: Sequence[FinalPlan], sco
 def _fill_groups(result: Result, plans: Sequence[FinalPlan], final: Final, sign: float) -> None:
     for group, plan in zip(result.groups, plans, strict=True):
         order = [c for c in chosen(plan, final, sign) if c.kind != "searched"]
-        group.winner = best_of(plan.finalists, sign) or group.winner
+        group.winner = winner_of(plan, final, sign) or group.winner
         group.baselines = sorted(order, key=lambda c: (c.kind, c.violation, sign * c.selection))
         group.finalists = list(plan.finalists)
 

@@ -430,6 +430,8 @@ class Final:
         baselines: at most this many baselines per group and kind reach the selection split, best
             search value first; `named` ones always do.
         named: names of baselines that are scored on both splits whatever their rank.
+        known: a baseline that is best on the selection split wins: it is what the group returns.
+            Single objectives only; a front holds no baselines.
         alpha: the interval covers 1 - alpha.
     """
 
@@ -438,6 +440,7 @@ class Final:
     report: int = 4
     baselines: int = 5
     named: tuple[str, ...] = ()
+    known: bool = False
     alpha: float = 0.05
 
     def __post_init__(self) -> None:

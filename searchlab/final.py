@@ -215,7 +215,7 @@ def score_final(
 def chosen(plan: FinalPlan, final: Final, sign: float) -> list[Contender]:
     """The winner, the best baseline of each kind, and the named baselines of one group."""
     out = []
-    winner = best_of(plan.finalists, sign)
+    winner = winner_of(plan, final, sign)
     if winner is not None:
         out.append(winner)
     for kind in sorted({c.kind for c in plan.baselines}):
@@ -224,6 +224,19 @@ def chosen(plan: FinalPlan, final: Final, sign: float) -> list[Contender]:
             out.append(best)
     out += [c for c in plan.baselines if c.name in final.named]
     return distinct(out)
+
+
+def winner_of(plan: FinalPlan, final: Final, sign: float) -> Contender | None:
+    """What a group returns: a searched candidate, or with `Final.known` maybe a baseline.
+
+    Where a baseline is as good on the selection split, it stays: nothing shows a gain over it.
+    """
+    winner = best_of(plan.finalists, sign)
+    known = best_of(plan.baselines, sign) if final.known else None
+    if winner is None or known is None:
+        return winner or known
+    ours, theirs = ((c.violation, sign * c.selection) for c in (winner, known))
+    return known if theirs <= ours else winner
 
 
 def best_of(parts: Sequence[Contender], sign: float) -> Contender | None:

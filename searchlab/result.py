@@ -101,8 +101,9 @@ class Result:
     def best(self) -> Best:
         """The best candidate of the last group, baselines included.
 
-        Where objectives are traded off: the middle of the front, baselines left out if it has any
-        other members.
+        It is chosen by selection values, or by search values without a final, but never by report
+        values: they are looked at once. Where objectives are traded off: the middle of the front,
+        baselines left out if it has any other members.
         """
         from searchlab.errors import StudyError
 
@@ -112,8 +113,12 @@ class Result:
         everyone = [] if group is None else [c for c in (group.winner, *group.baselines) if c]
         if not everyone:
             raise StudyError(f"run {self.name!r} has no successful evaluation yet")
-        ranked = [Best(self.space, c) for c in everyone]
-        return min(ranked, key=lambda b: (b.contender.violation, self.sign * b.value))
+        seen = all(np.isfinite(c.selection) for c in everyone)
+        chosen = min(
+            everyone,
+            key=lambda c: (c.violation, self.sign * (c.selection if seen else c.search)),
+        )
+        return Best(self.space, chosen)
 
     @property
     def front(self) -> list[tuple[float, ...]]:
@@ -228,6 +233,9 @@ class Result:
                 f"{where}best {winner.search:.4g} against {base.search:.4g} of {base.name} "
                 "(search values, no report split)"
             )
+        if winner.key == base.key:  # see `Final.known`
+            value = float(np.mean(winner.report))
+            return f"{where}{value:.4g} of {base.name}: nothing else was better on selection"
         gain = paired(winner, base, self.alpha, self.sign)
         interval: Interval = gain["gain"]
         mean = float(np.mean(winner.report))

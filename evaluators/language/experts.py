@@ -64,7 +64,8 @@ class ExpertsEvaluator:
     its value is the bound, exactly as in `ItemEvaluator`. With a `LayeredForward` that streams
     weights all items of all candidates of a chunk pass each layer together; nothing stops early.
 
-    The search, selection and report splits are the task's; replicates of a split are equal.
+    The search, selection and report splits are the task's; replicates of a split are equal. With
+    `LanguageSettings.smooth` values of search and selection items are accuracies with likelihoods.
 
     Signals: "nll", the negative log-likelihood of the right answer per token; "format_failures",
     the share of answers without a valid form. NaN where unknown or pruned. `add_signals` gives
@@ -113,6 +114,8 @@ class ExpertsEvaluator:
         self._also = dict(also or {})
         self.measured = 0  # candidates times items, the base's own not counted
         self._static: StaticFigures | None = None
+        self._smooth = problem.settings.smooth
+        self._base_nll: dict[tuple[Split, int], NDArray[np.float64]] = {}
 
     @property
     def micro_batch(self) -> int:
@@ -176,6 +179,9 @@ class ExpertsEvaluator:
         racing = np.ones(n, dtype=bool)
         limits = np.array([sign * part.mean(sign * b) if np.isfinite(b) else np.nan for b in bound])
         streams = bool(getattr(self.forward, "streams", False))
+        smooth = 0.0 if split == "report" else self._smooth
+        base = self._nll_of_base(split, part) if smooth else np.zeros(part.n)
+        best = part.best + smooth * base
         for blocks in [part.blocks] if streams else [(block,) for block in part.blocks]:
             rows = np.flatnonzero(racing)
             for start in range(0, len(rows), self._at_once if not streams else max(1, n)):
@@ -183,10 +189,12 @@ class ExpertsEvaluator:
                 for items, who, scores in self._scores(part, blocks, given[own]):
                     at = np.ix_(own[who], np.array(items))
                     found.scores[at] = scores.scores
+                    if smooth:
+                        found.scores[at] -= smooth * (scores.nll - base[list(items)])
                     found.nll[at] = scores.nll
                     found.failures[at] = scores.failures
                     self.measured += scores.scores.size
-            racing[rows] = ~_hopeless(found.scores[rows], sign, part.best, limits[rows])
+            racing[rows] = ~_hopeless(found.scores[rows], sign, best, limits[rows])
             if not racing.any():
                 break
         values = np.array([part.value(float(row.mean())) for row in found.scores])
@@ -234,6 +242,22 @@ class ExpertsEvaluator:
             summarise(task, split, part.value(float(row.mean())), row, failures=float(bad.mean()))
             for row, bad in zip(found.scores, found.failures, strict=True)
         ]
+
+    def plain(self) -> ExpertsEvaluator:
+        """The same without smoothing on any split, for tables; not for records of a run."""
+        made = ExpertsEvaluator.__new__(ExpertsEvaluator)
+        made.__dict__.update(vars(self), _smooth=0.0)
+        return made
+
+    def _nll_of_base(self, split: Split, part: Part) -> NDArray[np.float64]:
+        """(items,): the base's nats per token of the right answers; asked once."""
+        key = (split, part.n)
+        if key not in self._base_nll:
+            out = np.zeros(part.n)
+            for items, _, scores in self._scores(part, part.blocks, self._base):
+                out[list(items)] = scores.nll[0]
+            self._base_nll[key] = out
+        return self._base_nll[key]
 
     def batches(self, split: Split = "search") -> list[Batch]:
         """The rows that a split's items are read as, for `calibrate`."""
@@ -302,9 +326,15 @@ def _figure(name: str) -> Objective:
 
 
 def _hopeless(
-    scores: NDArray[np.float64], sign: float, best: float, limit: NDArray[np.float64]
+    scores: NDArray[np.float64],
+    sign: float,
+    best: NDArray[np.float64],
+    limit: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    """Which rows are beyond their limit, whatever the items say that are left."""
+    """Which rows are beyond their limit, whatever the items say that are left.
+
+    `best` is the best score that each item can have.
+    """
     left = np.isnan(scores)
     if not left.any():
         return np.zeros(len(scores), dtype=bool)

@@ -317,7 +317,7 @@ class ModelRequests:
             tokens=self.batch_tokens,
             packed=takes_trees(self.model, longest),
         )
-        out = []
+        out: list[tuple[Query, float, bool]] = []
         for batch in (batch.to(self.device) for batch in batches):
             with self.within():
                 logits = plain_logits(self.model, batch)[None]
@@ -330,8 +330,10 @@ class ModelRequests:
 
     def _remember(self, kind: str, requests: Sequence[Any], answers: Sequence[Any]) -> None:
         """The harness's cache hears of answers, where it has one."""
-        hook = getattr(self, "cache_hook", None)
-        for request, answer in zip(requests, answers, strict=True) if hook is not None else ():
+        hook: Any = getattr(self, "cache_hook", None)
+        if hook is None:
+            return
+        for request, answer in zip(requests, answers, strict=True):
             hook.add_partial(kind, request.args, answer)
 
 

@@ -19,9 +19,12 @@ from searchlab.evaluators.language.scoring import Divergence, MultipleChoice, Pe
 from searchlab.evaluators.language.tasks import Item, Task
 from searchlab.evaluators.noise import Split
 
-__all__ = ["METRICS", "Block", "LanguageProblem", "LanguageSettings", "Part"]
+__all__ = ["CHOICES", "METRICS", "Block", "LanguageProblem", "LanguageSettings", "Part"]
 
 METRICS = ("options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match")
+
+CHOICES = ("options", "options_mean", "first_token")
+"""Metrics that count items whose right option is chosen."""
 
 Metric = Literal["options", "options_mean", "first_token", "kl_self", "perplexity", "exact_match"]
 Answerer = Callable[[Sequence[tuple[int, ...]]], list[tuple[int, ...]]]
@@ -42,6 +45,10 @@ class LanguageSettings:
         until: texts that end an answer of "exact_match".
         substring: see `ExactMatch`.
         packed: sequences that begin alike share a row; None = where the model allows it.
+        smooth: for metrics of options, what a nat costs on search and selection items: scores lose
+            this much per nat that the right answer's tokens are less likely (mean over them) than
+            for the base. Report items are never smoothed. An accuracy over few items is coarse,
+            so that the best of many candidates is best by luck; likelihoods tell them apart.
     """
 
     metric: Metric = "options"
@@ -51,6 +58,7 @@ class LanguageSettings:
     until: tuple[str, ...] = ("\n",)
     substring: bool = False
     packed: bool | None = None
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -59,6 +67,13 @@ class LanguageSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}; allowed: 1 or more")
+        if not 0 <= self.smooth < math.inf:
+            raise ConfigError(f"smooth {self.smooth}; allowed: 0 or more")
+        if self.smooth and self.metric not in CHOICES:
+            raise ConfigError(
+                f"smooth {self.smooth} with metric {self.metric!r}; allowed: 0, or one of "
+                f"{', '.join(CHOICES)}"
+            )
         object.__setattr__(self, "until", tuple(self.until))
 
 
@@ -230,7 +245,9 @@ class LanguageProblem:
             "task": self.task.digest(),
             "prompts": dict(self.prompts.identity(self.task.items)),
             "settings": {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()
+                k: list(v) if isinstance(v, tuple) else v
+                for k, v in asdict(self.settings).items()
+                if k != "smooth" or v
             },
         }
 

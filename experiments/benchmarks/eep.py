@@ -4,7 +4,8 @@
         [--task NAME]
 
 Parts: `exact` (seven families: masks, cut models and files loaded again, all to the bit),
-`operators` (the released rates; merges are linear), `merging` (a planted merge: what is left of the
+`operators` (the released rates; merges are linear), `counting` (402 evaluations as released),
+`published` (the 22 coefficient files), `merging` (a planted merge: what is left of the
 divergence), `racing` (stopping early changes no winner), `planted` (one of 400 subsets is the only
 best one: how often is it found, how soon), `speed` (against rebuilding, generating and scoring, on
 two models), `half`, `quarter` (the bundled character model, four tasks: found subsets beside the
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from searchlab.experiments.benchmarks import _eep_card as card
 from searchlab.experiments.benchmarks import _eep_items as items
 from searchlab.experiments.benchmarks import _eep_zoo as zoo
 from searchlab.experiments.benchmarks._common import Journal, flags, run_parts
@@ -33,6 +35,8 @@ from searchlab.experiments.benchmarks._eep_speed_cases import speed
 _RUNS: dict[str, Callable[[Journal, bool, Path], None]] = {
     "exact": items.exact,
     "operators": items.operators,
+    "counting": card.counting,
+    "published": card.published,
     "merging": items.merging,
     "racing": items.racing,
     "planted": planted,

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -230,17 +230,18 @@ _DRAWN: dict[str, Callable[[random.Random], tuple[str, list[str]]]] = {
 }
 
 
-def write_task(path: Path, kind: str, *, counts: Mapping[str, int], seed: int) -> None:
+def write_task(path: Path, kind: str, *, counts: Sequence[tuple[str, int]], seed: int) -> None:
     """A task file: one JSON object a line with prompt, options, answer (a number) and split.
 
     Args:
         path: of the file.
         kind: one of `KINDS`.
-        counts: split -> questions; no question is in two of them.
+        counts: splits and how many questions of each, in the order in which they are drawn; no
+            question is in two of them.
         seed: of the draw.
     """
-    asked = questions(kind, sum(counts.values()), seed)
-    splits = [split for split, count in counts.items() for _ in range(count)]
+    asked = questions(kind, sum(count for _, count in counts), seed)
+    splits = [split for split, count in counts for _ in range(count)]
     lines = (
         json.dumps({"prompt": q.prompt, "options": q.options, "answer": q.answer, "split": split})
         for q, split in zip(asked, splits, strict=True)

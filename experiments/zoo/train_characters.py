@@ -39,7 +39,8 @@ __all__ = ["CharacterSettings", "accuracy", "main", "make_model", "specialisatio
 
 PAD, BOS, UNKNOWN = 0, 1, 2
 FIRST = 3
-TASK_COUNTS = {"search": 128, "selection": 128, "report": 400}
+# In the order in which they are drawn; selection items were added behind the first three.
+TASK_COUNTS = (("search", 128), ("selection", 128), ("report", 400), ("selection", 256))
 _LENGTH = 96
 _TASK_SEED = 5
 

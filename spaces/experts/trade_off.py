@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,7 +270,7 @@ class TradeOffSpace(Space):
                 top_k=k,
                 kept=tuple(tuple(np.flatnonzero(row).tolist()) for row in mask),
                 flat=self.flat,
-                router_mode=self.router_mode,  # type: ignore[arg-type]
+                router_mode=self.router_mode,
             )
             for mask, k in zip(self.masks(population), active, strict=True)
         ]
@@ -303,6 +304,8 @@ class TradeOffVariation:
         jump: probability of the latter.
         active: probability that the number of active experts is drawn anew.
         group: probability that a group of blocks has experts exchanged.
+        prior: per group of blocks and expert a number in [0, 1], how useful it may be: where
+            numbers change, experts with more of it rather come and rather stay. Empty = all alike.
     """
 
     crossover: float = 0.5
@@ -310,8 +313,11 @@ class TradeOffVariation:
     jump: float = 0.1
     active: float = 0.15
     group: float = 0.5
+    prior: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if any(not 0 <= value <= 1 for row in self.prior for value in row):
+            raise ConfigError("a prior of a variation; allowed: numbers in [0, 1]")
         rates = (self.crossover, self.size, self.jump, self.active, self.group)
         if not all(0 <= rate <= 1 for rate in rates):
             raise ConfigError(f"rates {rates} of a variation; allowed: in [0, 1]")
@@ -324,6 +330,9 @@ class TradeOffVariation:
             "jump": self.jump,
             "active": self.active,
             "group": self.group,
+            **(
+                {"prior": blake2b(repr(self.prior).encode()).hexdigest()[:16]} if self.prior else {}
+            ),
         }
 
     def _space(self, space: Space) -> TradeOffSpace:
@@ -374,6 +383,9 @@ class TradeOffVariation:
         had = np.where((far < self.jump) & (step != 0), anywhere, had + step)
         rate = min(_ROW, _FLIPS / shape[-1]) * strength
         changed = (hit < min(1.0, self.group * strength))[:, :, None, None]
+        luck = value.reshape(child.shape)
+        if self.prior:
+            luck = 0.5 * luck + 0.5 * np.array(self.prior).reshape(shape)
         flipped = child ^ ((flip.reshape(n, *shape) < rate) & changed)
-        columns["kept"] = own._cut(flipped + 0.9 * value.reshape(child.shape), had, active)
+        columns["kept"] = own._cut(flipped + 0.9 * luck, had, active)
         return own.canonicalise(Population({key: columns[key] for key in own.variables}))

@@ -139,6 +139,31 @@ def test_the_final_rescores_on_splits_the_search_never_saw() -> None:
     assert rows[0]["report"] == pytest.approx(np.mean(group.winner.report))
 
 
+class Misled(Noisy):
+    """Its search replicates praise what all others find bad."""
+
+    def evaluate(self, jobs: Jobs) -> Evaluations:
+        wide = [plan["fmt"].count("int4") for plan in self.space.decode(jobs.population)]
+        at_search = jobs.replicate < SELECTION_REPLICATE
+        return Evaluations(np.array([1.0 + (n if at_search else 6 - n) for n in wide]))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_baseline_may_win_and_nothing_is_chosen_by_its_report(known: bool) -> None:
+    final = sl.Final(k=3, report=2, known=known)
+    result = sl.search(space(), Misled(space()), budget=60, baselines=BASELINES, final=final)
+    (group,) = result.groups
+    assert group.winner is not None
+    assert group.winner.kind == ("baseline" if known else "searched")
+    assert result.best.contender.name == "all int4"
+    assert result.rows()[0]["report"] == np.mean(group.winner.report)
+    assert ("of all int4: nothing else" in result.verdict()) is known
+    other = next(c for c in group.finalists if c.selection > 1)
+    other.report = (-5.0, -5.0)  # by report values alone this would be best
+    group.baselines.append(other)
+    assert result.best.contender.name == "all int4"
+
+
 def test_a_difference_within_the_noise_is_not_distinguishable() -> None:
     made = Noisy(sl.Space(fmt=sl.Choice(("fp8",), shape=(6,)), scale=sl.Real(0.99, 1.01)), 5.0)
     baselines = {"one": {"fmt": ["fp8"] * 6, "scale": 1.0}}

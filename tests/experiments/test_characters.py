@@ -53,7 +53,7 @@ def test_only_characters_that_can_be_known_count_in_training() -> None:
 
 def test_a_task_file_has_its_splits_in_order(tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
-    write_task(path, "arithmetic", counts={"search": 3, "report": 2}, seed=0)
+    write_task(path, "arithmetic", counts=(("search", 3), ("report", 2)), seed=0)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [row["split"] for row in rows] == ["search"] * 3 + ["report"] * 2
     assert len({row["prompt"] for row in rows}) == 5

@@ -121,11 +121,23 @@ def test_every_member_of_a_front_becomes_the_checkpoint_it_promises(
 
 
 def test_counts_per_block_and_fixed_active_experts(tmp_path: Path, words: str) -> None:
+    from searchlab.search import run as search
+
     model = tiny_folder(tmp_path / "model", "deepseek_v3")
-    options = ["--model", model, "--task", words, "--items", "4", "--keep", "75%"]
-    out = run(tmp_path, *options, "--front", "--per-block", "--active", "2", "--budget", "16")
-    trades = json.loads((out / "result.json").read_text("utf-8"))["trade_offs"]
+    options = ExpertsOptions(
+        model=model,
+        task=words,
+        items=4,
+        keep="75%",
+        front=True,
+        per_block=True,
+        active=2,
+        budget=16,
+    )
+    result = search(build(options))
+    trades = result.to_json()["trade_offs"]
     assert [o["name"] for o in trades["objectives"]] == ["accuracy", "bytes"]
+    assert result.counts["failed"] == 0
     for member in trades["members"]:
         kept = list(member["plan"]["kept"].values())
         assert sum(map(len, kept)) <= 0.75 * 8 * len(kept)

@@ -111,6 +111,29 @@ def test_figures_follow_from_the_layout() -> None:
     assert plan == same.plans(same.of_masks(half))[0]
 
 
+def test_a_prior_says_who_rather_comes_and_goes() -> None:
+    space = TradeOffSpace(LAYOUT, top_k=2)
+    prior = ((0.0, 0.2, 0.4, 0.6, 0.8, 1.0),) * 4
+    masks = np.zeros((400, 4, 6), dtype=bool)
+    masks[:, :, [1, 2, 4]] = True
+    start = space.of_masks(masks)
+    came, went = [], []
+    for known in (prior, ()):
+        variation = TradeOffVariation(crossover=0, size=1, jump=0, active=0, group=0, prior=known)
+        u = uniforms(5, 0, 0, 400, variation.width(space))
+        found = space.masks(variation.vary(space, start, start, u))
+        counts = found.sum(axis=2)[:, 0]
+        assert set(counts.tolist()) == {2, 4}
+        came.append(found[counts == 4][..., 5].mean())
+        went.append(1 - found[counts == 2][..., 1].mean())
+    # Of three outside the last one comes, of three inside the first one goes.
+    assert came[0] > 0.6 > 0.4 > came[1] > 0.25
+    assert went[0] > 0.6 > 0.4 > went[1] > 0.25
+    assert variation.settings() != TradeOffVariation(prior=prior).settings()
+    with pytest.raises(ConfigError, match="prior"):
+        TradeOffVariation(prior=((2.0,),))
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(SpaceError, match="keep 7 experts"):
         TradeOffSpace(LAYOUT, most=7)
