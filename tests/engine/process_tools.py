@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def start(arguments: Sequence[object], folder: Path, **more: Any) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Tests in the background of a script have Ctrl-C ignored, and would hand that on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
