@@ -34,7 +34,7 @@ class _Routing:
         self.wide = wide
         self.k = 1
         self.mode: RouterMode = "slice"
-        self.fused: bool | None = None  # one kernel from logits to weights; None = on a GPU
+        self.fused = False  # one kernel from logits to weights; not yet run within a model on a GPU
         self.mask: Tensor | None = None
         self.index: Tensor | None = None
         self.absent: Tensor | None = None
@@ -110,9 +110,10 @@ class _Routing:
 
     def _fuses(self, logits: Tensor) -> bool:
         """Whether one kernel does it: a softmax router without groups, masks of its own experts."""
-        wanted = logits.is_cuda if self.fused is None else self.fused
         plain = self.rule.score == "softmax" and self.rule.n_group == 1 and self.mode == "slice"
-        return wanted and plain and self.mask is not None and not self.own and fits(logits, self.k)
+        if not (self.fused and plain) or self.mask is None or self.own:
+            return False
+        return fits(logits, self.k)
 
 
 @dataclass(frozen=True)

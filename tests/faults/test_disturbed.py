@@ -87,7 +87,7 @@ def test_late_and_duplicate_answers_are_dropped(seed: int, wanted: Any) -> None:
     assert executor.repeated > 0
 
 
-# -- ten seconds of everything at once -------------------------------------------------------
+# -- twenty seconds of everything at once ----------------------------------------------------
 
 
 def handles() -> int:
@@ -101,7 +101,7 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.slow
-def test_ten_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any) -> None:
+def test_twenty_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any) -> None:
     hunter = Hunter(lambda: descendants(os.getpid()), 5, pause=(0.8, 1.8), stops=0.2)
 
     def once(number: int) -> None:
@@ -120,11 +120,11 @@ def test_ten_seconds_of_faults_leave_nothing_behind(tmp_path: Path, wanted: Any)
     began, number = time.monotonic(), 0
     with hunter:
         # A busy machine gets to the strikes later.
-        while (spent := time.monotonic() - began) < 10 or (hunter.strikes < 3 and spent < 90):
+        while (spent := time.monotonic() - began) < 20 or (hunter.strikes < 5 and spent < 90):
             number += 1
             once(number)
     after = handles(), shared_memory(), threading.active_count(), descendants(os.getpid())
-    assert hunter.strikes >= 3
+    assert hunter.strikes >= 5
     assert number >= 2
     assert after[0] <= before[0]
     assert after[1] <= before[1]
