@@ -109,8 +109,10 @@ class Commands:
             _end(supervisor, _MORE_S)
 
     def __del__(self) -> None:
-        with suppress(Exception):
+        try:  # at the end of the interpreter even `suppress` may be gone
             self.close()
+        except Exception:
+            return
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._supervisor is not None and self._supervisor.poll() is None:

@@ -164,9 +164,10 @@ class Result:
                     "violation": _clean(contender.violation),
                 }
                 if base is not None and base.report and contender.report:
-                    row["ratio_to_baseline"] = _clean(
-                        float(np.mean(contender.report) / np.mean(base.report))
-                    )
+                    below = float(np.mean(base.report))
+                    if below:
+                        ratio = float(np.mean(contender.report)) / below
+                        row["ratio_to_baseline"] = _clean(ratio)
                 out.append(row)
         return out
 
