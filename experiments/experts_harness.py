@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 from searchlab.config import SearchConfig
 from searchlab.evaluators.language.harness import HarnessTask, harness_model, own_scores
-from searchlab.experiments.experts_setup import Loaded
+from searchlab.experiments.experts_setup import Loaded, applied
 from searchlab.report import Section
 from searchlab.result import Result
 
-__all__ = ["applied", "harness_sections"]
-
-
-def applied(loaded: Loaded, plan: Any) -> AbstractContextManager[Any]:
-    """Inside, the resident model is what a plan makes of it."""
-    if not plan.merge:
-        return loaded.resident.masked(
-            plan.mask, top_k=plan.top_k, router_mode=plan.router_mode, flat=plan.flat
-        )
-    return loaded.resident.merged(
-        plan.matrices("merge"),
-        route=plan.matrices("route") or None,
-        router_mode=plan.router_mode,
-        top_k=plan.top_k,
-        flat=plan.flat,
-    )
+__all__ = ["harness_sections"]
 
 
 def harness_sections(loaded: Loaded, config: SearchConfig, result: Result) -> list[Section]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from searchlab.spaces.experts import ExpertLayout, Family, PruningSpace, ResidentExperts
     from searchlab.spaces.experts.merging import MergingSpace
 
-__all__ = ["Loaded", "Prepared", "keep_loaded", "loaded_of", "prepare"]
+__all__ = ["Loaded", "Prepared", "applied", "keep_loaded", "loaded_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -173,25 +174,12 @@ class Loaded:
         """The evaluator of merged experts, on the same items."""
         from searchlab.evaluators.language.experts import applied_evaluator, model_hash
 
-        def apply(plan: Any) -> Any:
-            if not plan.merge:
-                return self.resident.masked(
-                    plan.mask, top_k=plan.top_k, router_mode=plan.router_mode, flat=plan.flat
-                )
-            return self.resident.merged(
-                plan.matrices("merge"),
-                route=plan.matrices("route") or None,
-                router_mode=plan.router_mode,
-                top_k=plan.top_k,
-                flat=plan.flat,
-            )
-
         model = self.resident.model
         evaluator = applied_evaluator(
             model,
             self.prepared.task,
             self.prepared.settings,
-            apply,
+            lambda plan: applied(self, plan),
             candidates=space.plans,
             identity={
                 "hash": model_hash(model),
@@ -202,6 +190,21 @@ class Loaded:
             prompts=self.prepared.prompts,
         )
         return _travels(evaluator, self.prepared.options, "merge")
+
+
+def applied(loaded: Loaded, plan: Any) -> AbstractContextManager[Any]:
+    """Inside, the resident model is what a plan makes of it."""
+    if not plan.merge:
+        return loaded.resident.masked(
+            plan.mask, top_k=plan.top_k, router_mode=plan.router_mode, flat=plan.flat
+        )
+    return loaded.resident.merged(
+        plan.matrices("merge"),
+        route=plan.matrices("route") or None,
+        router_mode=plan.router_mode,
+        top_k=plan.top_k,
+        flat=plan.flat,
+    )
 
 
 def _travels(
