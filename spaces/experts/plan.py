@@ -49,6 +49,27 @@ class ExpertPlan:
     route: tuple[tuple[tuple[float, ...], ...], ...] = ()
     about: tuple[tuple[str, Any], ...] = ()
 
+    @classmethod
+    def of_mask(
+        cls,
+        layout: ExpertLayout,
+        mask: NDArray[np.bool_],
+        top_k: int,
+        router_mode: RouterMode,
+        *,
+        flat: bool,
+    ) -> ExpertPlan:
+        """The plan of a mask (L, E), True where an expert stays; nothing is merged."""
+        return cls(
+            family=layout.family,
+            blocks=layout.blocks,
+            experts=layout.experts,
+            top_k=top_k,
+            kept=tuple(tuple(np.flatnonzero(row).tolist()) for row in mask),
+            flat=flat,
+            router_mode=router_mode,
+        )
+
     def __post_init__(self) -> None:
         if len(self.kept) != len(self.blocks):
             raise SpaceError(

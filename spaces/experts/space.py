@@ -306,15 +306,7 @@ class PruningSpace(Space):
     def plans(self, population: Population) -> list[Any]:
         """One `ExpertPlan` per candidate."""
         return [
-            ExpertPlan(
-                family=self.layout.family,
-                blocks=self.layout.blocks,
-                experts=self.layout.experts,
-                top_k=self.top_k,
-                kept=tuple(tuple(np.flatnonzero(row).tolist()) for row in mask),
-                flat=self.flat,
-                router_mode=self.router_mode,
-            )
+            ExpertPlan.of_mask(self.layout, mask, self.top_k, self.router_mode, flat=self.flat)
             for mask in self.masks(population)
         ]
 

@@ -263,15 +263,7 @@ class TradeOffSpace(Space):
         """One `ExpertPlan` per candidate."""
         active = self.active_of(population).tolist()
         return [
-            ExpertPlan(
-                family=self.layout.family,
-                blocks=self.layout.blocks,
-                experts=self.layout.experts,
-                top_k=k,
-                kept=tuple(tuple(np.flatnonzero(row).tolist()) for row in mask),
-                flat=self.flat,
-                router_mode=self.router_mode,
-            )
+            ExpertPlan.of_mask(self.layout, mask, k, self.router_mode, flat=self.flat)
             for mask, k in zip(self.masks(population), active, strict=True)
         ]
 
