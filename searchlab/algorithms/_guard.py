@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Evidence", "Gain", "correlation", "gain", "ranks", "trusts"]
+__all__ = ["Evidence", "Gain", "convinces", "correlation", "gain", "ranks", "trusts"]
 
 Floats = NDArray[np.float64]
 
 MOST_WORSE = 0.45  # share of late labels worse than early ones; without any skill it is a half
 CLEARLY = 0.25  # a share that leaves no doubt that late labels are better
 FEWEST = 4  # labels that a share is taken of
+# Standard errors of held-out skill above none. The verdict is asked for again and again, and labels
+# of a search lie close together: chance passes a bound more often than one look at strangers would.
+DOUBT, SURE = 2.0, 2.5
 _SIDE = 1.645  # 90 % intervals
 _FAR = 6.0  # robust standard deviations; losses that are worse by more are cut
 _SPREAD = 1.06  # variance of Fisher's z of a rank correlation, times n - 3
@@ -27,12 +30,16 @@ class Evidence:
     """A correlation of predictions with what then came, and its 90 % interval.
 
     `n` counts the pairs. Without enough of them nothing is known: 0 between -1 and 1.
+
+    Attributes:
+        errors: how many standard errors it is above 0.
     """
 
     rho: float = 0.0
     low: float = -1.0
     high: float = 1.0
     n: int = 0
+    errors: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,8 +85,9 @@ def correlation(batches: Iterable[tuple[Floats, Floats]], *, values: bool = Fals
         n += weight + 3
     if not n:
         return Evidence()
-    z, half = total / weights, _SIDE * float(np.sqrt(_SPREAD / weights))
-    return Evidence(float(np.tanh(z)), float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+    z, error = total / weights, float(np.sqrt(_SPREAD / weights))
+    low, high = (float(np.tanh(z + side * _SIDE * error)) for side in (-1, 1))
+    return Evidence(float(np.tanh(z)), low, high, n, z / error)
 
 
 def _pearson(a: Floats, b: Floats) -> float:
@@ -126,7 +134,7 @@ def gain(early: Floats, late: Floats) -> Gain:
 
 
 def trusts(held_out: Evidence, online: Evidence, found: Gain) -> bool:
-    """The rule: skill on labels held out is beyond doubt, and what was predicted came.
+    """The rule: skill on labels held out is beyond `DOUBT`, and what was predicted came.
 
     Args:
         held_out: predictions of labels that the fit behind them had not seen.
@@ -137,4 +145,9 @@ def trusts(held_out: Evidence, online: Evidence, found: Gain) -> bool:
             without order seem to show skill; its choices are then no better than those.
     """
     gained = found.worse < MOST_WORSE and (online.high >= 0 or found.worse < CLEARLY)
-    return held_out.low > 0 and gained
+    return held_out.errors > DOUBT and gained
+
+
+def convinces(held_out: Evidence) -> bool:
+    """Whether skill is so plain that a predictor may choose among thousands, wild ones too."""
+    return held_out.errors > SURE

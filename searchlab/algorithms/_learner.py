@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from searchlab.algorithms._guard import Evidence, Gain, correlation, gain, trusts
+from searchlab.algorithms._guard import Evidence, Gain, convinces, correlation, gain, trusts
 from searchlab.algorithms._prior import Prior
 from searchlab.algorithms.base import Told
 from searchlab.population import Jobs, Population
@@ -35,6 +35,7 @@ class _State:
 
     predictor: Predictor | None
     trusted: bool = False
+    convinced: bool = False
     held_out: Evidence = field(default_factory=Evidence)
     online: Evidence = field(default_factory=Evidence)
     gain: Gain = field(default_factory=Gain)
@@ -95,7 +96,7 @@ class Learner:
         self._prior = prior if guard != "never" else None
         self._halves = False  # whether only every other candidate is chosen until the first fit
         if self._prior is not None:
-            self.state = _State(self._prior.start(), trusted=True)
+            self.state = _State(self._prior.start(), trusted=True, convinced=True)
             self._halves = not self._prior.trusted and guard == "measured"
 
     def chooses(self, i: int) -> bool:
@@ -123,6 +124,11 @@ class Learner:
     def trusted(self) -> bool:
         """Whether the predictor of the last fit may choose."""
         return self.state.trusted
+
+    @property
+    def convinced(self) -> bool:
+        """Whether it may choose among as many as there are, however wild."""
+        return self.state.convinced
 
     def learn(self, told: Told) -> None:
         """Takes answers in."""
@@ -181,9 +187,11 @@ class Learner:
             early = (batch == 0) & (told.ids >= self._own) & ~self._begun(told.ids)
             found = gain(losses[early], losses[latest])
             trusted = trusts(held_out, online, found)
-            self.state = _State(predictor, trusted, held_out, online, found)
+            sure = trusted and convinces(held_out)
+            self.state = _State(predictor, trusted, sure, held_out, online, found)
         else:
-            self.state = _State(predictor, self._guard == "always")
+            always = self._guard == "always"
+            self.state = _State(predictor, always, always)
         self.fitted = counts[-1]
 
     @staticmethod

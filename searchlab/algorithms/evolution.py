@@ -19,6 +19,7 @@ from searchlab.space import Space
 __all__ = ["Evolution", "ParentRule"]
 
 MANY = 4  # times what a pool holds: from here on the best are looked for before columns are joined
+_CLIMBING = UniformVariation(crossover=0.0)
 _EVERYWHERE = 0  # the niche of a search without niches
 
 
@@ -131,6 +132,8 @@ class Evolution(Algorithm):
         mates: see `mating`; None = `parents`.
         early: the variation of the first `early_until` ids of the stage (random ones included), for
             searches whose operator changes; `mating` begins after them.
+        climb: so many ids after the random starts are children of the best candidate alone, by
+            mutation alone. While evaluations are few, mixing random candidates comes to nothing.
         race: give every job a bound: the loss of the worst candidate that is kept for parents.
             What is beyond it changes neither proposals nor the best, so evaluators may stop there.
     """
@@ -157,6 +160,7 @@ class Evolution(Algorithm):
         mates: ParentRule | None = None,
         early: Variation | None = None,
         early_until: int = 0,
+        climb: int = 0,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
         if n_random < 0 or quantum < 1:
@@ -169,6 +173,11 @@ class Evolution(Algorithm):
             raise ConfigError(f"mating {mating}, niche {niche!r}; allowed: in [0, 1], no niche")
         if (early is None) != (early_until == 0) or early_until < 0:
             raise ConfigError(f"early_until {early_until}; allowed: 1 or more, with `early`")
+        if climb < 0 or (climb and (niche is not None or mating is not None or early is not None)):
+            raise ConfigError(f"climb {climb}; allowed: 0 or more; 0 with niches, mating or early")
+        self.climb = climb
+        if climb:
+            early, early_until = _CLIMBING, len(self.seeds.population) + n_random + climb
         self.mating, self.mates = mating, mates
         self.early, self.early_until = early, early_until
         self.n_random = n_random
@@ -189,6 +198,8 @@ class Evolution(Algorithm):
             more |= {"mating": self.mating, "mates": mates.settings()}
         if self.early is not None:
             more |= {"early": self.early.settings(), "early_until": self.early_until}
+        if self.climb:
+            more |= {"climb": self.climb}
         return {
             **super().settings(),
             **more,
@@ -294,6 +305,8 @@ class Evolution(Algorithm):
         if self.niche is None:
             pool = self._pools[_EVERYWHERE]
             rows = self._pairs(pool, u[:, 2:5], paired=not young.any())
+            if self.climb and young.any():
+                rows = np.zeros_like(rows)
             return self._children(pool.population, pool.ids, rows, u, strength, None, by)
         targets, homes = self._niches(u)
         rows = np.empty((len(u), 2), dtype=np.int64)

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["Guided", "StaticSignals"]
 
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
+USUAL = ((1.0, 1.0),)
 AFAR = ((64, 3), (2**62, 16))  # below an id, one in so many candidates is chosen from random ones
+# Candidates that are chosen among while skill is not plain. The best of many by an order that means
+# nothing is a rare one, and rare ones are worse than what the wrapped algorithm proposes by itself.
+TAME = 8
 MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
@@ -61,7 +65,9 @@ class Guided(Algorithm):
     A guard decides at every fit whether the predictor may choose until the next. It looks at
     labels held out of the fit, at the predictions that were stored with the latest batches before
     these were learnt from, and at what the latest batches came to. Where it does not trust, jobs
-    are the wrapped algorithm's own, exactly those that it would propose alone.
+    are the wrapped algorithm's own, exactly those that it would propose alone. Where it trusts and
+    chance may still be behind what it saw, the predictor chooses among `TAME` candidates varied as
+    usual, not among `pool`.
 
     With several fidelities candidates are measured at the cheapest one first. The best of those go
     on, and what they cost so far are inputs of the predictor that chooses them: see `Ladder`.
@@ -157,7 +163,7 @@ class Guided(Algorithm):
         if self._of or self.ladder is not None:
             return "stack"
         choices = all(isinstance(variable, Choice) for variable in self.space.variables.values())
-        return "ridge" if choices and self.space.size >= MANY else "gp"
+        return "ridge" if choices and self.space.size >= MANY else "additive"
 
     def _new_predictor(self) -> Predictor:
         try:
@@ -325,7 +331,7 @@ class Guided(Algorithm):
         parts = [self.inner.ask(first_id, n_seeds)] if n_seeds else []
         ids = range(first_id + n_seeds, first_id + n)
         chosen = [i for i in ids if self.top.chooses(i)]
-        draws = dict(zip(chosen, self._drawn(chosen), strict=True))
+        draws = dict(zip(chosen, self._drawn(chosen, self.top), strict=True))
         self._look_ahead(list(draws.values()))
         parts += [self._fresh(i, self.top, draws.get(i)) for i in ids]
         jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
@@ -352,7 +358,7 @@ class Guided(Algorithm):
 
     def _alone(self, i: int, learner: Learner) -> Jobs:
         """`_fresh` of one id, with what is predicted of it."""
-        draw = self._drawn([i])[0] if learner.chooses(i) else None
+        draw = self._drawn([i], learner)[0] if learner.chooses(i) else None
         return learner.noted(self._fresh(i, learner, draw))
 
     def _ask_level(self, i: int, n: int) -> Jobs:
@@ -431,10 +437,12 @@ class Guided(Algorithm):
             return [*one, *self._part(ids[half:], u[half:], strength)]
         return [] if part is None else [(ids, part)]
 
-    def _drawn(self, ids: Sequence[int]) -> list[Draw | None]:
+    def _drawn(self, ids: Sequence[int], learner: Learner) -> list[Draw | None]:
         """The pool of each id; a row of it depends on its own id and uniforms only."""
+        if not learner.convinced:
+            return self._near(ids, min(TAME, self.pool), USUAL)
         near = [i for i in ids if not (self.broad and self._looks_afar(i))]
-        pools = dict(zip(near, self._near(near), strict=True))
+        pools = dict(zip(near, self._near(near, self.pool, STRENGTHS), strict=True))
         return [pools[i] if i in pools else self._afar() for i in ids]
 
     def _looks_afar(self, i: int) -> bool:
@@ -446,15 +454,17 @@ class Guided(Algorithm):
         n = len(self._random)
         return Draw(self._random, ["random"] * n, no_parents(n)) if n else None
 
-    def _near(self, ids: Sequence[int]) -> list[Draw | None]:
-        """The wrapped algorithm's candidates for each id, varied as usual and more wildly."""
+    def _near(
+        self, ids: Sequence[int], size: int, strengths: Sequence[tuple[float, float]]
+    ) -> list[Draw | None]:
+        """So many of the wrapped algorithm's candidates for each id, varied as strengths say."""
         width, shared = self.inner._cached_width, self.inner.shared
-        blocks = [uniforms(self.seed, POOL, i * self.pool, self.pool, width) for i in ids]
+        blocks = [uniforms(self.seed, POOL, i * self.pool, size, width) for i in ids]
         parts: list[tuple[NDArray[np.int64], Draw]] = []
         start, whole = 0, 0.0
-        for strength, share in STRENGTHS:
+        for strength, share in strengths:
             whole += share
-            stop = round(self.pool * whole)
+            stop = round(size * whole)
             if not blocks:
                 break
             for u in blocks:

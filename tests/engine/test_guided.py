@@ -255,8 +255,8 @@ def test_the_interval_covers_what_it_says() -> None:
 
 
 def test_trust_needs_held_out_skill_and_no_reversed_batches() -> None:
-    good, bad = Evidence(0.7, 0.5, 0.8, 30), Evidence(-0.6, -0.8, -0.2, 12)
-    unsure = Evidence(0.3, -0.1, 0.6, 12)
+    good, bad = Evidence(0.7, 0.5, 0.8, 30, 4.5), Evidence(-0.6, -0.8, -0.2, 12, -2.0)
+    unsure = Evidence(0.3, -0.1, 0.6, 12, 0.9)
     fine, idle = Gain(0.2, 8), Gain(0.5, 8)
     assert trusts(good, Evidence(), Gain())
     assert trusts(good, unsure, fine)
