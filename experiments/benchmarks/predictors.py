@@ -255,6 +255,12 @@ def _flasheval(suite: Suite) -> None:
     run(suite.journal, suite.quick)
 
 
+def _ceiling(suite: Suite) -> None:
+    from searchlab.experiments.benchmarks._predictors_flasheval import ceiling
+
+    ceiling(suite.journal, suite.quick)
+
+
 PARTS: dict[str, Callable[[Suite], None]] = {
     "few": lambda suite: suite.order((25, 78), TABULAR if suite.quick else (*TABULAR, "mfes")),
     "middle": lambda suite: suite.order((390,), MANY),
@@ -267,6 +273,7 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "classes": lambda suite: suite.transfer(781, by_class=True),
     "experts": Suite.experts,
     "flasheval": _flasheval,
+    "ceiling": _ceiling,
 }
 QUICK = ("few", "times")  # what the short form measures
 
