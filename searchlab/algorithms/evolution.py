@@ -216,6 +216,10 @@ class Evolution(Algorithm):
         """How many candidates are kept for parents."""
         return max(self.parents.limit, self.mates.limit if self.mates else 0)
 
+    def climbs(self, i: int) -> bool:
+        """Whether the candidate of an id is a mutant of the best."""
+        return self.climb > 0 and i < self.first_id + self.early_until
+
     def _width(self) -> int:
         own = 5 + self._variation_width
         return max(own, 5 + self.space.sample_width)

@@ -15,6 +15,7 @@ from searchlab.algorithms._ladder import Ladder
 from searchlab.algorithms._learner import BOLDER, BOLDNESS, Final, Guard, Learner
 from searchlab.algorithms._prior import Prior
 from searchlab.algorithms.base import Algorithm, Draw, Seeds, Told, no_parents
+from searchlab.algorithms.evolution import Evolution
 from searchlab.config import ALGORITHMS, PREDICTORS, resolve
 from searchlab.errors import ConfigError, SpaceError
 from searchlab.evaluator import Signal
@@ -67,7 +68,7 @@ class Guided(Algorithm):
     these were learnt from, and at what the latest batches came to. Where it does not trust, jobs
     are the wrapped algorithm's own, exactly those that it would propose alone. Where it trusts and
     chance may still be behind what it saw, the predictor chooses among `TAME` candidates varied as
-    usual, not among `pool`.
+    usual, not among `pool`. Pools of choices vary as usual too while the wrapped evolution climbs.
 
     With several fidelities candidates are measured at the cheapest one first. The best of those go
     on, and what they cost so far are inputs of the predictor that chooses them: see `Ladder`.
@@ -78,7 +79,7 @@ class Guided(Algorithm):
         options: of that algorithm.
         predictor: name of a predictor; None = `stack` where there are signals or cheap fidelities,
             which come with costly evaluations, `ridge` for choices of `MANY` elements and more,
-            whose parts mostly add up, and `gp` for the rest.
+            whose parts mostly add up, and `additive` for the rest.
         predictor_options: of that predictor.
         first_fit: labels of the first fit.
         pool: candidates that are ranked for a job.
@@ -162,8 +163,11 @@ class Guided(Algorithm):
     def _fitting_predictor(self) -> str:
         if self._of or self.ladder is not None:
             return "stack"
-        choices = all(isinstance(variable, Choice) for variable in self.space.variables.values())
-        return "ridge" if choices and self.space.size >= MANY else "additive"
+        return "ridge" if self._choices and self.space.size >= MANY else "additive"
+
+    @cached_property
+    def _choices(self) -> bool:
+        return all(isinstance(variable, Choice) for variable in self.space.variables.values())
 
     def _new_predictor(self) -> Predictor:
         try:
@@ -441,9 +445,17 @@ class Guided(Algorithm):
         """The pool of each id; a row of it depends on its own id and uniforms only."""
         if not learner.convinced:
             return self._near(ids, min(TAME, self.pool), USUAL)
+        pools: dict[int, Draw | None] = {}
         near = [i for i in ids if not (self.broad and self._looks_afar(i))]
-        pools = dict(zip(near, self._near(near, self.pool, STRENGTHS), strict=True))
+        close = [i for i in near if self._climbs(i)]
+        far = [i for i in near if not self._climbs(i)]
+        for some, strengths in ((close, USUAL), (far, STRENGTHS)):
+            pools |= dict(zip(some, self._near(some, self.pool, strengths), strict=True))
         return [pools[i] if i in pools else self._afar() for i in ids]
+
+    def _climbs(self, i: int) -> bool:
+        """Whether candidates of an id are to be one choice away from the best."""
+        return self._choices and isinstance(self.inner, Evolution) and self.inner.climbs(i)
 
     def _looks_afar(self, i: int) -> bool:
         place = i - self.first_id

@@ -118,7 +118,8 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
     assert ("without a predictor" in without.reason) == (name == "guided")
     spec = choose(CHOICES, evaluations=evaluations).spec
     assert spec.name == name
-    assert spec.options == {}  # or a larger budget would not go on where a smaller one ends
+    # Or a larger budget would not go on where a smaller one ends.
+    assert spec.options == ({"options": {"climb": 50}} if name == "guided" else {})
     assert choose(REALS, evaluations=evaluations).spec.name == "cma"
     if name == "guided":  # nor may the options of a mixed space follow the budget
         mixed = choose(MIXED, evaluations=evaluations).spec
@@ -131,7 +132,8 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
 
 def test_on_few_choices_it_is_guided_and_says_so() -> None:
     result = sl.search(CHOICES, total, budget=40, seed=3)
-    named = sl.search(CHOICES, total, budget=40, seed=3, algorithm="guided")
+    guided = sl.AlgorithmSpec("guided", {"options": {"climb": 50}})
+    named = sl.search(CHOICES, total, budget=40, seed=3, algorithm=guided)
     assert result.records is not None
     assert named.records is not None
     assert result.records.trace() == named.records.trace()

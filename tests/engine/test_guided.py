@@ -113,7 +113,7 @@ def test_without_trust_the_trace_is_that_of_the_wrapped_algorithm(wraps: str) ->
 def test_with_trust_the_predictor_chooses_and_finds_more() -> None:
     best = float(WEIGHTS.min(axis=1).sum())
     left: dict[str, list[float]] = {"evolution": [], "guided": []}
-    for seed in range(4):
+    for seed in range(6):
         for algorithm in (AlgorithmSpec("evolution"), spec()):
             records = records_of(algorithm, 80, seed=seed)
             left[algorithm.name].append(float(np.nanmin(records.values)) - best)
