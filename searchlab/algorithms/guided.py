@@ -335,7 +335,7 @@ class Guided(Algorithm):
         parts = [self.inner.ask(first_id, n_seeds)] if n_seeds else []
         ids = range(first_id + n_seeds, first_id + n)
         chosen = [i for i in ids if self.top.chooses(i)]
-        draws = dict(zip(chosen, self._drawn(chosen, self.top), strict=True))
+        draws = dict(zip(chosen, self._drawn(chosen, whole=self.top.convinced), strict=True))
         self._look_ahead(list(draws.values()))
         parts += [self._fresh(i, self.top, draws.get(i)) for i in ids]
         jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
@@ -362,7 +362,7 @@ class Guided(Algorithm):
 
     def _alone(self, i: int, learner: Learner) -> Jobs:
         """`_fresh` of one id, with what is predicted of it."""
-        draw = self._drawn([i], learner)[0] if learner.chooses(i) else None
+        draw = self._drawn([i], whole=learner.convinced)[0] if learner.chooses(i) else None
         return learner.noted(self._fresh(i, learner, draw))
 
     def _ask_level(self, i: int, n: int) -> Jobs:
@@ -441,9 +441,9 @@ class Guided(Algorithm):
             return [*one, *self._part(ids[half:], u[half:], strength)]
         return [] if part is None else [(ids, part)]
 
-    def _drawn(self, ids: Sequence[int], learner: Learner) -> list[Draw | None]:
-        """The pool of each id; a row of it depends on its own id and uniforms only."""
-        if not learner.convinced:
+    def _drawn(self, ids: Sequence[int], *, whole: bool = True) -> list[Draw | None]:
+        """The pool of each id, or the beginning of it; a row depends on its id and uniforms only."""
+        if not whole:
             return self._near(ids, min(TAME, self.pool), USUAL)
         pools: dict[int, Draw | None] = {}
         near = [i for i in ids if not (self.broad and self._looks_afar(i))]

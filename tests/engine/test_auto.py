@@ -73,7 +73,8 @@ def test_the_algorithm_follows_the_space_and_the_objectives(
     space: Space, more: dict[str, Any], name: str
 ) -> None:
     chosen = choose(space, **{"evaluations": 400, **more})
-    assert (chosen.spec.name, dict(chosen.spec.options)) == (name, {})
+    options = {"options": {"climb": 50}} if name == "guided" else {}
+    assert (chosen.spec.name, dict(chosen.spec.options)) == (name, options)
     assert chosen.reason
 
 
@@ -139,7 +140,7 @@ def test_on_few_choices_it_is_guided_and_says_so() -> None:
     assert result.records.trace() == named.records.trace()
     assert named.meta["algorithm"] == {"search": "guided"}
     (text,) = result.meta["algorithm"].values()
-    assert text == "guided, chosen by auto: 40 evaluations of 6 choice elements"
+    assert text == "guided with options={'climb': 50}, chosen by auto: 40 evaluations of 6 choice elements"
     assert result.to_json()["algorithm"] == {"search": text}
 
 
@@ -157,7 +158,7 @@ def test_a_larger_budget_does_not_change_the_choice(tmp_path: Path) -> None:
     fresh = searched(400, "fresh")
     assert grown.meta["status"] == "interrupted"
     assert first.meta["algorithm"] == grown.meta["algorithm"]
-    assert grown.meta["algorithm"]["search"].startswith("guided, chosen by auto: 40 evaluations")
+    assert grown.meta["algorithm"]["search"].startswith("guided with options={'climb': 50}, chosen by auto: 40 ")
     assert fresh.meta["algorithm"]["search"].startswith("evolution, chosen by auto: 400 evalu")
     assert first.records is not None
     assert grown.records is not None
@@ -209,7 +210,7 @@ def test_the_choice_is_the_first_line_of_the_progress() -> None:
     sl.search(CHOICES, total, budget=20, callbacks=[heard.append, ProgressLine(out)])
     assert {progress.chosen for progress in heard} == {heard[0].chosen}
     assert out.getvalue().splitlines()[0] == f"search: {heard[0].chosen}"
-    assert heard[0].chosen.startswith("guided, chosen by auto: ")
+    assert heard[0].chosen.startswith("guided with options={'climb': 50}, chosen by auto: ")
     quiet = io.StringIO()
     sl.search(CHOICES, total, budget=20, algorithm="random", callbacks=[ProgressLine(quiet)])
     assert "random" not in quiet.getvalue()
@@ -233,7 +234,7 @@ def test_the_command_line_says_what_was_chosen(
     command = f"{sys.executable} {tmp_path / 'score.py'} {{plan}} {{out}}"
     given = ["run", "command", "--space", "space.yaml", "--command", command]
     given += ["--objective", "loss:min", "--baseline", "known.json", "--budget", "6"]
-    text = "guided, chosen by auto: 6 evaluations of 4 choice elements"
+    text = "guided with options={'climb': 50}, chosen by auto: 6 evaluations of 4 choice elements"
 
     assert main([*given, "--name", "a", "--dry-run"]) == 0
     printed = capsys.readouterr().out
