@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from searchlab.evaluators.flasheval import CONFIGS, METRICS, VARIABLES, FlashEva
 from searchlab.experiments.benchmarks._common import Aim, Journal, data_folder, spread
 from searchlab.experiments.benchmarks._predictors_cells import bare, fitted, kendall
 from searchlab.predictor import Table, table_of
+from searchlab.predictors.additive import Additive
+from searchlab.predictors.gp import GaussianProcess
+from searchlab.predictors.preprocess import Features, Inputs, Labels
 
-__all__ = ["run"]
+__all__ = ["ceiling", "run"]
 
 Floats = NDArray[np.float64]
 
@@ -112,3 +116,128 @@ def run(journal: Journal, quick: bool) -> None:
                 Aim("lead with all signals", means[_MORE] - best, "at least", 0.15),
             ],
         )
+
+
+class _FixedAdditive(Additive):
+    """With given numbers instead of fitted ones."""
+
+    def __init__(self, log: Floats) -> None:
+        super().__init__()
+        self._given = log
+
+    def _fitted(self, features: Features, targets: Floats, some: NDArray[np.int64]) -> Floats:
+        return self._given
+
+
+class _FixedProcess(GaussianProcess):
+    """With given numbers instead of fitted ones."""
+
+    def __init__(self, log: Floats) -> None:
+        super().__init__()
+        self._given = log
+
+    def _fitted(self, features: Features, targets: Floats, some: NDArray[np.int64]) -> Floats:
+        return self._given
+
+
+def _hindsight(table: Table, losses: Floats) -> Table:
+    """The table with one signal: the line in all of its own that is nearest to all losses."""
+    from sklearn.linear_model import LinearRegression
+
+    signals = Inputs(table)(table).signals
+    line = LinearRegression().fit(signals, Labels(losses, "ranks").targets).predict(signals)
+    return replace(table, signals=line[:, None], signal_names=("line",), directions=("min",))
+
+
+class _Known:
+    """`additive` and `gp`, joined evenly, whose numbers are those of a fit to all losses."""
+
+    def __init__(self, table: Table, losses: Floats) -> None:
+        self.inputs = Inputs(table)
+        self.features, self.losses = self.inputs(table), losses
+        targets = Labels(losses, "ranks").targets
+        logs = []
+        for member in (Additive(), GaussianProcess()):
+            member._prepare(self.inputs, None)
+            member._learn(self.features, targets, 0)
+            logs.append(member._log)
+        self.logs = logs
+
+    def scores(self, rows: NDArray[np.int64]) -> Floats:
+        """Of all settings, from the losses of some."""
+        targets = Labels(self.losses[rows], "ranks").targets
+        out = np.zeros(len(self.losses))
+        for member in (_FixedAdditive(self.logs[0]), _FixedProcess(self.logs[1])):
+            member._prepare(self.inputs, None)
+            member._learn(self.features.take(rows), targets, 0)
+            out += member._scores(self.features)[0] / 2
+        return out
+
+    def others_known(self) -> Floats:
+        """Of each setting from the losses of all others."""
+        targets = Labels(self.losses, "ranks").targets
+        folds = [np.array([row]) for row in range(len(targets))]
+        out = np.zeros(len(targets))
+        for member in (_FixedAdditive(self.logs[0]), _FixedProcess(self.logs[1])):
+            member._prepare(self.inputs, None)
+            member._learn(self.features, targets, 0)
+            out += member.left_out(self.features, targets, folds, 0) / 2
+        return out
+
+
+def ceiling(journal: Journal, quick: bool) -> None:
+    """What the signals could bring at most: what no search knows is used, so these are bounds.
+
+    The signals are replaced by the one line in them that is nearest to the losses of all settings;
+    `stack` reads it, and so do `additive` and `gp` with numbers fitted to the losses of all
+    settings. Beside it, each setting is told from the losses of all others.
+    """
+    if data_folder("flasheval") is None:
+        journal.skip("ceiling", "no flasheval below $SEARCHLAB_DATA")
+        return
+    seeds = range(2 if quick else 10)
+    taus: dict[int, dict[str, list[float]]] = {10: {}, 20: {}}
+    others: dict[str, list[float]] = {}
+    for metric in METRICS:
+        shown = {}
+        for name, elsewhere in (("other metrics", False), ("all signals", True)):
+            table, losses = _settings(metric, elsewhere=elsewhere)
+            known = _Known(table, losses)
+            others.setdefault(name, []).append(kendall(known.others_known(), losses))
+            line = _hindsight(table, losses)
+            shown[name] = line, _Known(line, losses)
+        others.setdefault("no signals", []).append(
+            kendall(_Known(bare(table), losses).others_known(), losses)
+        )
+        for n, by_name in taus.items():
+            found: dict[str, list[float]] = {}
+            for seed in seeds:
+                order = np.random.default_rng(seed).permutation(len(table))
+                rows, test = order[:n], order[n:]
+                scores = _baselines(table, losses, rows, seed)
+                for name, (line, known) in shown.items():
+                    best = fitted("stack", line, losses, rows, seed, line).rank(line)
+                    scores[f"{name}, best line"] = best
+                    scores[f"{name}, best line and numbers"] = known.scores(rows)
+                    scores[f"{name}, best line alone"] = line.signals[:, 0]
+                for name, said in scores.items():
+                    found.setdefault(name, []).append(kendall(said[test], losses[test]))
+            for name, values in found.items():
+                by_name.setdefault(name, []).append(float(np.mean(values)))
+    for n, by_name in taus.items():
+        means = {name: float(np.mean(values)) for name, values in by_name.items()}
+        base = max(mean for name, mean in means.items() if name.startswith("scikit-learn"))
+        leads = {
+            name: max(mean for case, mean in means.items() if case.startswith(name)) - base
+            for name in ("other metrics", "all signals")
+        }
+        figures = {
+            "labels": n,
+            "tau": {name: spread(values) for name, values in by_name.items()},
+            "highest lead": leads,
+        }
+        journal.case(f"FlashEval, ceiling, {n} labels", figures, seeds=seeds)
+    journal.case(
+        "FlashEval, ceiling, all other labels",
+        {"tau": {name: spread(values) for name, values in others.items()}},
+    )

@@ -1,14 +1,15 @@
 """Predictors on published tables: order of what was not evaluated, harm, calibration, time.
 
     python -m searchlab.experiments.benchmarks.predictors [--quick] [--check] [--out FILE]
-        [--part NAME]...
+        [--part NAME]... [--folder FOLDER] [--minutes M]
 
 NAS-Bench-201: cells are split as the data's README says; labels come from one half of the 15,625
 cells, Kendall's tau is that of all cells of the other half with their accuracy after 200 epochs on
 CIFAR-10. The signals are six zero-shot scores, FLOPs, parameters and two latencies; none needs
 training; those of the whole first half are shown, its other labels are not. FlashEval: labels are
 of random settings, tau is that of the others. The tables are read below $SEARCHLAB_DATA. With
-`--out` the lines of parts that are not measured stay in the file.
+`--out` the lines of parts that are not measured stay in the file. With `--folder` what was found of
+a seed of the part `experts` is kept there, so that it goes on where `--minutes` stopped it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from searchlab.experiments.benchmarks._predictors_cells import (
     more_signals,
     read_cells,
 )
+from searchlab.experiments.benchmarks._predictors_experts import Found
 from searchlab.predictor import HoldsOut, Table
 from searchlab.predictors.artifact import load_predictor
 from searchlab.predictors.reuse import with_prediction
@@ -55,7 +57,6 @@ TABULAR = ("ridge", "rf", "gbdt", "gp", "stack")
 MANY = ("ridge", "gp", "stack")  # those that are measured where labels are many
 BEST_SIGNAL = 0.577  # tau of the best signal alone
 NEGATED = ("zc_naswot", "zc_log10_synflow", "params_m")
-DELE = {25: (0.05, 0.0), 78: (0.06, 0.62), 390: (0.0, 0.73)}  # least lead and tau
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Suite:
     journal: Journal
     cells: Cells
     quick: bool
+    found: Found
 
     @property
     def seeds(self) -> range:
@@ -96,38 +98,12 @@ class Suite:
                     f"order: {name}, {n} labels", figures, seeds=self.seeds, aims=aims
                 )
 
-    def experts(self, sizes: Sequence[int], seeds: range) -> None:
-        """`dele` beside the same network without experts; step 1 of 30 epochs, step 2 of 200."""
-        from searchlab.predictors.dele import Dele
+    def experts(self) -> None:
+        """`dele` beside the same network without experts, and `dynamic`."""
+        from searchlab.experiments.benchmarks._predictors_experts import run
 
-        cells, losses = self.cells, self.cells.losses["cifar10"]
-        tables = {"experts": cells.table, "none": bare(cells.table)}
-        for n in sizes:
-            taus: dict[str, list[float]] = {name: [] for name in tables}
-            seconds = []
-            for seed in seeds:
-                rows = cells.labels(n, seed)
-                for name, table in tables.items():
-                    start = time.process_time()
-                    dele = Dele(pretrain=30)
-                    pool = table.take(cells.pool)
-                    dele.fit(table.take(rows), losses[rows], seed=seed, pool=pool)
-                    if name == "experts":
-                        seconds.append(time.process_time() - start)
-                    scores = dele.rank(table.take(cells.test))
-                    taus[name].append(kendall(scores, losses[cells.test]))
-            means = {name: float(np.mean(values)) for name, values in taus.items()}
-            lead, (least, tau) = means["experts"] - means["none"], DELE[n]
-            figures: dict[str, Any] = {name: spread(values) for name, values in taus.items()}
-            self.journal.case(
-                f"experts: dele, {n} labels",
-                {"predictor": "dele", "labels": n, "tau": figures, "fit_cpu_s": spread(seconds)},
-                seeds=seeds,
-                aims=[
-                    Aim("lead over no experts", lead, "at least", least),
-                    Aim("mean tau", means["experts"], "at least", tau),
-                ],
-            )
+        if not run(self.journal, self.cells, (25, 78, 390), self.seeds, self.found):
+            raise TimeoutError
 
     def trained(self, sizes: Sequence[int]) -> None:
         """The same with the accuracy after 12 epochs as one more signal."""
@@ -279,6 +255,12 @@ def _flasheval(suite: Suite) -> None:
     run(suite.journal, suite.quick)
 
 
+def _ceiling(suite: Suite) -> None:
+    from searchlab.experiments.benchmarks._predictors_flasheval import ceiling
+
+    ceiling(suite.journal, suite.quick)
+
+
 PARTS: dict[str, Callable[[Suite], None]] = {
     "few": lambda suite: suite.order((25, 78), TABULAR if suite.quick else (*TABULAR, "mfes")),
     "middle": lambda suite: suite.order((390,), MANY),
@@ -289,9 +271,9 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "intervals": lambda suite: suite.intervals(390),
     "transfer": lambda suite: suite.transfer(781),
     "classes": lambda suite: suite.transfer(781, by_class=True),
-    "experts": lambda suite: suite.experts((25, 78), range(2)),
-    "more experts": lambda suite: suite.experts((390,), range(2)),
+    "experts": Suite.experts,
     "flasheval": _flasheval,
+    "ceiling": _ceiling,
 }
 QUICK = ("few", "times")  # what the short form measures
 
@@ -300,6 +282,8 @@ def _parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", action="append", choices=list(PARTS), help="only this part; may be repeated"
     )
+    parser.add_argument("--folder", type=Path, help="keep finished seeds there")
+    parser.add_argument("--minutes", type=float, help="begin no seed after so long")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,12 +291,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = flags(__doc__, arguments, add=_parts)
     folder, quick = data_folder("nasbench201"), bool(options.quick)
     cells, status = None if folder is None else read_cells(folder), 0
+    found = Found(options.folder, np.inf if options.minutes is None else 60 * options.minutes)
     for name in options.part or (QUICK if quick else PARTS):
         journal = Journal("predictors", options, part=name)
         if cells is None:
             journal.skip(name, "no nasbench201 below $SEARCHLAB_DATA")
         else:
-            PARTS[name](Suite(journal, cells, quick))
+            try:
+                PARTS[name](Suite(journal, cells, quick, found))
+            except TimeoutError:
+                print("stopped by --minutes; the same command goes on", file=sys.stderr)
+                return 1
         # Read late: parts may run beside each other.
         journal.lines[:0] = other_parts(options, name)
         status = max(status, journal.close())

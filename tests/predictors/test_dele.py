@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,3 +82,41 @@ def test_lstms_that_are_run_together_read_as_torch_does(name: str) -> None:
         tokens = encoder.codes(places) + batch.values[..., None] * numbers
         last = encoder.net(tokens * batch.active[..., None].float())[1][0][0]
         assert torch.allclose(read, last, atol=1e-6)
+
+
+def test_experts_that_were_made_before_serve_fits_to_any_number_of_labels() -> None:
+    pool, losses = labelled(plain_space(), 200, signals=2)
+    dele = Dele(encoder="mlp", width=16, pretrain=20, epochs=20, rate=0.01)
+    dele.imitate(pool, seed=3)
+    for rows in (slice(0, 12), slice(0, 40)):
+        dele.fit(pool.take(rows), losses[rows], seed=3, pool=pool)
+        anew = Dele(encoder="mlp", width=16, pretrain=20, epochs=20, rate=0.01)
+        anew.fit(pool.take(rows), losses[rows], seed=3, pool=pool)
+        assert np.allclose(dele.rank(pool), anew.rank(pool))
+
+
+def test_experts_of_other_signals_are_not_used() -> None:
+    pool, losses = labelled(plain_space(), 60, signals=2)
+    other, _ = labelled(plain_space(), 60, signals=1)
+    said = []
+    for first in (None, other):
+        dele = Dele(encoder="mlp", width=16, pretrain=10, epochs=10, rate=0.01)
+        if first is not None:
+            dele.imitate(first, seed=5)
+        dele.fit(pool, losses, seed=0)
+        said.append(dele.rank(pool))
+    assert np.array_equal(*said)
+
+
+def test_a_signal_that_is_declared_the_wrong_way_does_no_harm() -> None:
+    table, losses = labelled(plain_space(), 20, signals=1)
+    pool, _ = labelled(plain_space(), 400, first=2000, signals=1)
+    fresh, truth = labelled(plain_space(), 200, first=1000, signals=1)
+    reached = []
+    for direction in ("min", "max"):
+        dele = Dele(encoder="mlp", width=32, pretrain=60, epochs=5, rate=0.005)
+        shown = [replace(part, directions=(direction,)) for part in (table, pool, fresh)]
+        dele.fit(shown[0], losses, seed=0, pool=shown[1])
+        reached.append(tau(dele.rank(shown[2]), truth))
+    assert min(reached) > 0.4
+    assert abs(reached[0] - reached[1]) < 0.1
