@@ -311,7 +311,7 @@ def _cheap(space: SolverScheduleSpace, known: Seeds, truth: int) -> CheapSignals
 
     from searchlab.evaluators.schedule_signals import TRIED, CheapSignals
 
-    samples = max(32, truth // 16)
+    samples = max(32, truth // 8)
     if truth < 3 * samples:
         return None
     plain = [row for row, origin in enumerate(known.origin) if origin.startswith("baseline:")]

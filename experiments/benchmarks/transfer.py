@@ -8,14 +8,17 @@ Kendall's tau on cells whose CIFAR-100 labels nobody has seen: as it is, refitte
 (`warm`), and of a predictor that sees these 25 only. `cells`: true evaluations until one of the 16
 best cells of CIFAR-100 is found, from scratch, with the ten best cells of a search on CIFAR-10 to
 start at, and with the predictor that this search left beside them. `calls`: schedules of 6 model
-calls, then of 8 (problem `mixture`): evaluations to the error that the search from scratch ends
-with. `models`: schedules of 6 calls for a small model of digits, then for one 2.7 times as wide,
-from scratch, with the ten best of the small one, and with its predictor beside them; what was begun
-with counts.
+calls, then of 8 (problem `mixture`); `models`: schedules of 6 calls for a small model of digits,
+then for one 2.7 times as wide. Both from scratch, with the ten best of the first search, and with
+its predictor beside them: evaluations to the error that the search from scratch ends with (one more
+than there are = never), those to what it has after half of them, and the error at the end of as
+many. What was begun with counts. Schedules of 6 calls are lengthened by two steps in the gaps where
+the new problem's signal of few samples is lowest.
 
 Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
 below $SEARCHLAB_DATA; its cases are skipped where it is not. With `--folder` finished seeds of
-`models` are kept there, so that a benchmark which was stopped, by `--minutes` too, goes on.
+`calls` and `models` are kept there, so that a benchmark which was stopped, by `--minutes` too, goes
+on.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +40,9 @@ from numpy.typing import NDArray
 
 import searchlab as sl
 from searchlab._tau import tau_of
+from searchlab.algorithms.base import Seeds
 from searchlab.config import Budget, SearchConfig
+from searchlab.errors import SpaceError
 from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.nasbench201 import FILE, SIGNALS
 from searchlab.evaluators.sampling import SamplingEvaluator
@@ -58,7 +64,9 @@ from searchlab.predictors.reuse import Earlier, Warm
 from searchlab.predictors.stack import Stack
 from searchlab.prior import PriorRequest, with_prior
 from searchlab.runs import run_in_database
-from searchlab.warm_start import with_warm_start
+from searchlab.spaces.solver_schedule.schedule import Schedule
+from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
+from searchlab.warm_start import best_of_run, with_warm_start
 
 __all__ = ["main"]
 
@@ -250,44 +258,82 @@ def _errors(config: SearchConfig, out: Path) -> tuple[Floats, int, list[str]]:
     return np.fmin.accumulate(records.values[own, 0]), rows, list(result.meta["notes"])
 
 
+def lengthened(schedule: Schedule, nfe: int) -> list[Schedule]:
+    """The schedule with steps put into its gaps, wherever they fit, until it takes `nfe` calls.
+
+    A new step decides as the one whose gap it divides.
+    """
+    found = {schedule.times: schedule}
+    while next(iter(found.values())).nfe < nfe:
+        longer = {}
+        for one in found.values():
+            at = one.noise.log_snr(np.array(one.times))
+            middles = one.noise.time_of_log_snr((at[:-1] + at[1:]) / 2).tolist()
+            for i, middle in enumerate(middles):
+                steps = (*one.steps[:i], replace(one.steps[i], time=middle), *one.steps[i:])
+                with suppress(SpaceError):  # a step that is not allowed there
+                    new = replace(one, steps=steps)
+                    longer[new.times] = new
+        found = longer
+    return [one for one in found.values() if one.nfe == nfe]
+
+
+def _ten_best(config: SearchConfig, old: SearchConfig, run: Path) -> SearchConfig:
+    """The search with the ten best schedules of an earlier run, lengthened, as starting points.
+
+    Of the ways to lengthen one the new problem's signal of few samples chooses.
+    """
+    space, stage = cast(SolverScheduleSpace, old.stages[-1].space), config.stages[-1]
+    new, evaluator = cast(SolverScheduleSpace, stage.space), stage.evaluator
+    assert isinstance(evaluator, SamplingEvaluator)
+    few = [signal.name for signal in evaluator.signals].index("few")
+    best = best_of_run(run, space, old.stages[-1].evaluator.objectives[0])
+    kept, names = [], []
+    for name, plan in zip(best.origin, space.plans(best.population), strict=True):
+        ways = lengthened(plan, int(TO))
+        if ways:
+            population = new.of_schedules(ways)
+            row = int(np.argmin(evaluator.static_signals(population)[:, few]))
+            kept.append(ways[row])
+            names.append(name)
+    seeds = Seeds(new.of_schedules(kept), tuple(names))
+    return replace(config, stages=(*config.stages[:-1], replace(stage, seeds=seeds)))
+
+
+WAYS = ("from scratch", "ten best", "ten best and predictor")
+
+
+def _more_calls(seed: int, quick: bool) -> dict[str, Any]:
+    """See `_other_model`."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        old = _schedules(FROM, seed, quick)
+        _errors(old, base / "old")
+        for way in WAYS:
+            start = time.process_time()
+            config = _schedules(TO, seed, quick)
+            if way != "from scratch":
+                config = _ten_best(config, old, base / "old")
+            if "predictor" in way:
+                config = with_prior(config, PriorRequest(base / "old" / "predictor"))
+            found[way] = _told(config, base / way.replace(" ", "_"), start)
+    return found
+
+
+def _told(config: SearchConfig, out: Path, start: float) -> dict[str, Any]:
+    curve, rows, notes = _errors(config, out)
+    return {
+        "curve": curve.tolist(),
+        "seconds": time.process_time() - start,
+        "rows": rows,
+        "lines": [note for note in notes if "refit" in note],
+    }
+
+
 def calls(journal: Journal) -> None:
     """Schedules of 8 model calls after a search for those of 6."""
-    quick = journal.options.quick
-    seeds = range(1 if quick else 5)
-    found: dict[str, list[int]] = {"from scratch": [], "predictor": []}
-    rows: dict[str, list[int]] = {"from scratch": [], "predictor": []}
-    seconds: dict[str, list[float]] = {"from scratch": [], "predictor": []}
-    ends, lines = [], []
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as scratch:
-            base = Path(scratch)
-            _errors(_schedules(FROM, seed, quick), base / "old")
-            curves = {}
-            for way in found:
-                request = PriorRequest(base / "old" / "predictor") if way == "predictor" else None
-                start = time.process_time()
-                config = with_prior(_schedules(TO, seed, quick), request)
-                curves[way], count, notes = _errors(config, base / way.replace(" ", "_"))
-                seconds[way].append(time.process_time() - start)
-                rows[way].append(count)
-                lines += [note for note in notes if "refit" in note]
-        wanted = curves["from scratch"][-1]
-        for way, curve in curves.items():
-            found[way].append(until_found(-curve, -wanted, len(curve)))
-        ends.append(float(curves["predictor"][-1] / wanted))
-    ratio = statistics.median(found["predictor"]) / statistics.median(found["from scratch"])
-    journal.case(
-        f"schedules of {FROM} calls to {TO}, evaluations to the same error",
-        {
-            "evaluations": {way: spread(counts) for way, counts in found.items()},
-            "error at the end, of that from scratch": spread(ends),
-            "cpu_s": {way: spread(values) for way, values in seconds.items()},
-            "signal_rows": {way: spread(values) for way, values in rows.items()},
-            "lines": lines,
-        },
-        seeds=seeds,
-        aims=[Aim("median evaluations, of those from scratch", ratio, "at most", 1.0, False)],
-    )
+    _reuse(journal, "calls", f"schedules of {FROM} calls to {TO}", _more_calls)
 
 
 # -- models -------------------------------------------------------------------------------------
@@ -318,9 +364,6 @@ def _digits(seed: int, quick: bool, *, small: bool) -> SearchConfig:
     return replace(config, stages=stages, final=None)
 
 
-WAYS = ("from scratch", "ten best", "ten best and predictor")
-
-
 def _other_model(seed: int, quick: bool) -> dict[str, Any]:
     """The error after each evaluation, CPU seconds and model rows of each way, and the notes."""
     found: dict[str, Any] = {}
@@ -334,65 +377,90 @@ def _other_model(seed: int, quick: bool) -> dict[str, Any]:
                 config = with_warm_start(config, base / "old")
             if "predictor" in way:
                 config = with_prior(config, PriorRequest(base / "old" / "predictor"))
-            curve, rows, notes = _errors(config, base / way.replace(" ", "_"))
-            found[way] = {
-                "curve": curve.tolist(),
-                "seconds": time.process_time() - start,
-                "rows": rows,
-                "lines": [note for note in notes if "refit" in note],
-            }
+            found[way] = _told(config, base / way.replace(" ", "_"), start)
     return found
 
 
 def models(journal: Journal) -> None:
     """Schedules for the bundled model of digits after a search for those of a smaller one."""
-    options = journal.options
-    quick, seeds = bool(options.quick), range(1 if options.quick else 5)
-    begun, runs = time.monotonic(), []
-    for seed in seeds:
-        file = None if options.folder is None else options.folder / f"models {seed}.json"
+    name = f"schedules of {FROM} calls, a small model of digits to a larger one"
+    _reuse(journal, "models", name, _other_model)
+
+
+# -- both ---------------------------------------------------------------------------------------
+
+
+def _runs(
+    journal: Journal, part: str, measure: Callable[[int, bool], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What every seed came to, from the folder or measured now."""
+    options, runs = journal.options, []
+    for seed in range(1 if options.quick else 5):
+        file = None if options.folder is None else options.folder / f"{part} {seed}.json"
         if file is not None and file.exists():
             runs.append(json.loads(file.read_text("utf-8")))
             continue
-        if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
+        if options.minutes is not None and time.monotonic() - options.begun > 60 * options.minutes:
             raise TimeoutError
-        runs.append(_other_model(seed, quick))
+        runs.append(measure(seed, bool(options.quick)))
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(runs[-1]), "utf-8")
-    counts: dict[str, list[int]] = {way: [] for way in WAYS}
-    ends: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
-    for run in runs:
-        wanted = run["from scratch"]["curve"][-1]
-        for way in WAYS:
-            curve = np.array(run[way]["curve"])
-            counts[way].append(until_found(-curve, -wanted, len(curve)))
-            if way in ends:
-                ends[way].append(float(curve[-1]) / wanted)
-    medians = {way: statistics.median(found) for way, found in counts.items()}
-    last = medians["ten best and predictor"]
+    return runs
+
+
+def _reuse(
+    journal: Journal, part: str, name: str, measure: Callable[[int, bool], dict[str, Any]]
+) -> None:
+    """Evaluations to the errors that the search from scratch has at its end and half way."""
+    runs = _runs(journal, part, measure)
+    half, whole = (
+        {way: [_until(run, way, share) for run in runs] for way in WAYS} for share in (0.5, 1.0)
+    )
+    ends = {
+        way: [run[way]["curve"][-1] / run["from scratch"]["curve"][-1] for run in runs]
+        for way in WAYS[1:]
+    }
+    last = WAYS[-1]
+    medians = {way: statistics.median(found) for way, found in whole.items()}
     journal.case(
-        f"schedules of {FROM} calls, a small model of digits to a larger one, evaluations to the "
-        "same error",
+        f"{name}, evaluations to the same error",
         {
-            "evaluations": {way: spread(found) for way, found in counts.items()},
+            "evaluations": {way: spread(found) for way, found in whole.items()},
+            "to the error of half of them": {way: spread(found) for way, found in half.items()},
             "error at the end, of that from scratch": {w: spread(e) for w, e in ends.items()},
             "cpu_s": {way: spread([run[way]["seconds"] for run in runs]) for way in WAYS},
             "signal_rows": {way: spread([run[way]["rows"] for run in runs]) for way in WAYS},
-            "lines": [line for run in runs for line in run["ten best and predictor"]["lines"]],
+            "lines": [line for run in runs for line in run[last]["lines"]],
         },
-        seeds=seeds,
+        seeds=range(len(runs)),
         aims=[
             Aim(
                 "median evaluations, of those from scratch",
-                last / medians["from scratch"],
+                medians[last] / medians["from scratch"],
                 "at most",
                 1.0,
                 False,
             ),
-            Aim("of those with the ten best", last / medians["ten best"], "at most", 1.0, False),
+            Aim("of those with the ten best", medians[last] / medians["ten best"], "at most", 1.0,
+                False),
+            Aim("error at the end, of that from scratch", statistics.median(ends[last]), "at most",
+                1.0, False),
+            Aim(
+                "error at the end, of that with the ten best",
+                statistics.median(a / b for a, b in zip(ends[last], ends["ten best"], strict=True)),
+                "at most",
+                1.0,
+                False,
+            ),
         ],
-    )
+    )  # fmt: skip
+
+
+def _until(run: dict[str, Any], way: str, share: float) -> int:
+    """Evaluations until the error that scratch has after a share of its own; one more = never."""
+    scratch, curve = run["from scratch"]["curve"], np.array(run[way]["curve"])
+    return until_found(-curve, -scratch[max(1, round(share * len(scratch))) - 1], len(curve))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -400,21 +468,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--part", action="append", choices=PARTS, help="these only")
-        parser.add_argument("--folder", type=Path, help="keep finished seeds of `models` there")
+        parser.add_argument("--folder", type=Path, help="keep finished seeds of schedules there")
         parser.add_argument("--minutes", type=float, help="begin no further seed after so long")
 
     options = flags(__doc__, arguments, add=add)
+    options.begun = time.monotonic()
     journal = Journal("transfer", options, lines=other_parts(options))
     folder = data_folder("nasbench201")
     for part in options.part or PARTS:
         if options.part is None and options.quick and part == "models":
             continue  # a minute and more
         journal.part = part
-        if part == "calls":
-            calls(journal)
-        elif part == "models":
+        if part in ("calls", "models"):
             try:
-                models(journal)
+                (calls if part == "calls" else models)(journal)
             except TimeoutError:
                 print("stopped by --minutes; the same command goes on", file=sys.stderr)
                 return 3

@@ -239,13 +239,27 @@ class Learner:
 
     def order(self, population: Population, u: Floats) -> NDArray[np.int64]:
         """Rows by one Thompson draw, the best first; `u` is (1, DRAW_WIDTH)."""
-        assert self.state.predictor is not None
-        assert u.shape == (1, DRAW_WIDTH)
-        n = len(population)
-        rows = np.arange(max(n, PADDED)) % n
-        table = self._table(population.take(rows))
-        drawn, mean = self.state.predictor.draw(table, u)[0], self.state.predictor.predict(table)[0]
-        return np.argsort((mean + self._boldness * (drawn - mean))[:n], kind="stable")
+        return self.orders([population], [u])[0]
+
+    def orders(self, pools: Sequence[Population], u: Sequence[Floats]) -> list[NDArray[np.int64]]:
+        """`order` of several populations. One table is made of all, and predictions are made pool
+        by pool, so that what comes with a pool changes nothing.
+        """
+        predictor = self.state.predictor
+        assert predictor is not None
+        if not pools:
+            return []
+        whole = self._table(Population.concat(pools) if len(pools) > 1 else pools[0])
+        out, start = [], 0
+        for population, own in zip(pools, u, strict=True):
+            assert own.shape == (1, DRAW_WIDTH)
+            n = len(population)
+            table = whole.take(start + np.arange(max(n, PADDED)) % n)
+            drawn, mean = predictor.draw(table, own)[0], predictor.predict(table)[0]
+            chosen = (mean + self._boldness * (drawn - mean))[:n]
+            out.append(np.argsort(chosen, kind="stable"))
+            start += n
+        return out
 
     def noted(self, jobs: Jobs) -> Jobs:
         """The jobs with what is predicted of them."""

@@ -32,6 +32,7 @@ __all__ = ["Guided", "StaticSignals"]
 
 STRENGTHS = ((1.0, 0.5), (4.0, 0.25), (16.0, 0.25))  # how wildly which share of a pool varies
 USUAL = ((1.0, 1.0),)
+SMALL = 64  # pools below it have no candidates to spare for wild variation, of which few are good
 AFAR = ((64, 3), (2**62, 16))  # below an id, one in so many candidates is chosen from random ones
 # Candidates that are chosen among while skill is not plain. The best of many by an order that means
 # nothing is a rare one, and rare ones are worse than what the wrapped algorithm proposes by itself.
@@ -54,9 +55,10 @@ class Guided(Algorithm):
     """Proposes many candidates of another algorithm, and asks for the one a predictor likes best.
 
     For every job `pool` candidates are drawn by the operators of the wrapped algorithm, from a
-    stream of their own. The predictor draws one plausible loss function (Thompson), and the best
-    candidate under it that is new becomes the job. It is fitted from scratch when `first_fit`
-    labels are told and then at fixed counts, 15 % and at least 4 labels apart.
+    stream of their own; pools of `SMALL` and more have some that vary more wildly. The predictor
+    draws one plausible loss function (Thompson), and the best candidate under it that is new
+    becomes the job. It is fitted from scratch when `first_fit` labels are told and then at fixed
+    counts, 15 % and at least 4 labels apart.
 
     Of `MANY` elements and more the operators change few at a time. Where a process (`gp`) without
     signals chooses among those, draws count in full, and one job in three, later one in 16, has
@@ -307,7 +309,8 @@ class Guided(Algorithm):
 
     @cached_property
     def _random(self) -> Population:
-        u = uniforms(self.seed, _BACKGROUND, 0, BACKGROUND, self.space.sample_width)
+        n = min(BACKGROUND, 8 * self.pool)  # where pools are small, signals cost something
+        u = uniforms(self.seed, _BACKGROUND, 0, n, self.space.sample_width)
         return _sampled(self.space, u)
 
     @cached_property
@@ -337,7 +340,8 @@ class Guided(Algorithm):
         chosen = [i for i in ids if self.top.chooses(i)]
         draws = dict(zip(chosen, self._drawn(chosen, whole=self.top.convinced), strict=True))
         self._look_ahead(list(draws.values()))
-        parts += [self._fresh(i, self.top, draws.get(i)) for i in ids]
+        orders = self._orders(draws)
+        parts += [self._fresh(i, self.top, draws.get(i), orders.get(i)) for i in ids]
         jobs = Jobs.concat(parts) if parts else self.inner.ask(first_id, 0)
         return self.top.noted(jobs)
 
@@ -348,12 +352,26 @@ class Guided(Algorithm):
             if pools and getattr(self.signals, "remembers", False):
                 self.signals.static_signals(Population.concat(pools))
 
-    def _fresh(self, i: int, learner: Learner, draw: Draw | None) -> Jobs:
+    def _orders(self, draws: Mapping[int, Draw | None]) -> dict[int, NDArray[np.int64]]:
+        """The order of each pool of a group, whose tables are made at once."""
+        pools = {i: draw.population for i, draw in draws.items() if draw is not None}
+        u = [uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH) for i in pools]
+        return dict(zip(pools, self.top.orders(list(pools.values()), u), strict=True))
+
+    def _fresh(
+        self,
+        i: int,
+        learner: Learner,
+        draw: Draw | None,
+        order: NDArray[np.int64] | None = None,
+    ) -> Jobs:
         """A candidate that was never measured: the wrapped algorithm's, or the best of its pool."""
         if draw is not None:
-            u = uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH)
+            if order is None:
+                u = uniforms(self.seed, _DRAWS, i, 1, DRAW_WIDTH)
+                order = learner.order(draw.population, u)
             keys = self.space.keys(draw.population)
-            for row in learner.order(draw.population, u).tolist():
+            for row in order.tolist():
                 if not self.issued_before(keys[row], i):
                     word = f"guided:{draw.origin[row]}"
                     parents = np.asarray(draw.parents)[[row]]
@@ -444,7 +462,7 @@ class Guided(Algorithm):
     def _drawn(self, ids: Sequence[int], *, whole: bool = True) -> list[Draw | None]:
         """The pool of each id, or the beginning of it; a row depends on its id and uniforms only."""
         if not whole:
-            return self._near(ids, min(TAME, self.pool), USUAL)
+            return self._near(ids, min(TAME, self.pool))
         pools: dict[int, Draw | None] = {}
         near = [i for i in ids if not (self.broad and self._looks_afar(i))]
         close = [i for i in near if self._climbs(i)]
@@ -467,14 +485,14 @@ class Guided(Algorithm):
         return Draw(self._random, ["random"] * n, no_parents(n)) if n else None
 
     def _near(
-        self, ids: Sequence[int], size: int, strengths: Sequence[tuple[float, float]]
+        self, ids: Sequence[int], size: int, strengths: Sequence[tuple[float, float]] = USUAL
     ) -> list[Draw | None]:
         """So many of the wrapped algorithm's candidates for each id, varied as strengths say."""
         width, shared = self.inner._cached_width, self.inner.shared
         blocks = [uniforms(self.seed, POOL, i * self.pool, size, width) for i in ids]
         parts: list[tuple[NDArray[np.int64], Draw]] = []
         start, whole = 0, 0.0
-        for strength, share in strengths:
+        for strength, share in strengths if size >= SMALL else USUAL:
             whole += share
             stop = round(size * whole)
             if not blocks:

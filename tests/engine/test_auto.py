@@ -140,7 +140,10 @@ def test_on_few_choices_it_is_guided_and_says_so() -> None:
     assert result.records.trace() == named.records.trace()
     assert named.meta["algorithm"] == {"search": "guided"}
     (text,) = result.meta["algorithm"].values()
-    assert text == "guided with options={'climb': 50}, chosen by auto: 40 evaluations of 6 choice elements"
+    assert (
+        text
+        == "guided with options={'climb': 50}, chosen by auto: 40 evaluations of 6 choice elements"
+    )
     assert result.to_json()["algorithm"] == {"search": text}
 
 
@@ -158,7 +161,9 @@ def test_a_larger_budget_does_not_change_the_choice(tmp_path: Path) -> None:
     fresh = searched(400, "fresh")
     assert grown.meta["status"] == "interrupted"
     assert first.meta["algorithm"] == grown.meta["algorithm"]
-    assert grown.meta["algorithm"]["search"].startswith("guided with options={'climb': 50}, chosen by auto: 40 ")
+    assert grown.meta["algorithm"]["search"].startswith(
+        "guided with options={'climb': 50}, chosen by auto: 40 "
+    )
     assert fresh.meta["algorithm"]["search"].startswith("evolution, chosen by auto: 400 evalu")
     assert first.records is not None
     assert grown.records is not None

@@ -97,7 +97,7 @@ def test_until_skill_is_plain_few_usual_candidates_are_chosen_among(
     seen: list[tuple[int, Any]] = []
     near = Guided._near
 
-    def noted(self: Guided, ids: Any, size: int, strengths: Any) -> Any:
+    def noted(self: Guided, ids: Any, size: int, strengths: Any = guided_module.USUAL) -> Any:
         if len(ids):
             seen.append((size, strengths))
         return near(self, ids, size, strengths)
@@ -120,7 +120,11 @@ def test_pools_of_choices_vary_as_usual_while_evolution_climbs() -> None:
         chosen = [i for i in range(12, 24) if asked[i].origin[0].startswith("guided")]
         assert chosen
         changed = [
-            int((asked[i].population["x"] != asked[int(asked[i].parents[0, 0])].population["x"]).sum())
+            int(
+                (
+                    asked[i].population["x"] != asked[int(asked[i].parents[0, 0])].population["x"]
+                ).sum()
+            )
             for i in chosen
             if asked[i].parents[0, 0] >= 0
         ]
