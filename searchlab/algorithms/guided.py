@@ -460,7 +460,7 @@ class Guided(Algorithm):
         return [] if part is None else [(ids, part)]
 
     def _drawn(self, ids: Sequence[int], *, whole: bool = True) -> list[Draw | None]:
-        """The pool of each id, or the beginning of it; a row depends on its id and uniforms only."""
+        """The pool of each id, or its beginning; a row depends on its id and uniforms only."""
         if not whole:
             return self._near(ids, min(TAME, self.pool))
         pools: dict[int, Draw | None] = {}

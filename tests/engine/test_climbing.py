@@ -1,4 +1,4 @@
-"""Evolution that climbs first, and guided search that chooses among few while skill is not plain."""
+"""Evolution that climbs first; guided search that chooses among few while skill is not plain."""
 
 from __future__ import annotations
 
