@@ -38,7 +38,7 @@ SMALL = 60  # evaluations; up to here every single one is thought over
 MEDIUM = 300  # up to here a predictor pays for itself
 MANY_OBJECTIVES = 4  # from here on crowding says little, and directions spread a front better
 FIRST = 10  # random candidates of a mixed space, and labels of the first fit there
-CLIMB = 50  # evaluations in which guided search goes up from the best choices
+CLIMB, EACH = 50, 2  # most evaluations in which guided search goes up from the best, per element
 SHARE_OF_BASELINES = 3  # baselines get at most one part in so many of the budget
 _META = "auto"
 
@@ -106,7 +106,7 @@ def choose(
 def _first_steps(space: Space) -> dict[str, Any]:
     """Options of guided search for its first evaluations."""
     if all(isinstance(variable, Choice) for variable in space.variables.values()):
-        return {"options": {"climb": CLIMB}}
+        return {"options": {"climb": min(CLIMB, EACH * space.size)}}
     return {"options": {"n_random": FIRST}, "first_fit": FIRST}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import sys
@@ -73,7 +74,7 @@ def test_the_algorithm_follows_the_space_and_the_objectives(
     space: Space, more: dict[str, Any], name: str
 ) -> None:
     chosen = choose(space, **{"evaluations": 400, **more})
-    options = {"options": {"climb": 50}} if name == "guided" else {}
+    options = {"options": {"climb": 12}} if name == "guided" else {}
     assert (chosen.spec.name, dict(chosen.spec.options)) == (name, options)
     assert chosen.reason
 
@@ -120,7 +121,7 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
     spec = choose(CHOICES, evaluations=evaluations).spec
     assert spec.name == name
     # Or a larger budget would not go on where a smaller one ends.
-    assert spec.options == ({"options": {"climb": 50}} if name == "guided" else {})
+    assert spec.options == ({"options": {"climb": 12}} if name == "guided" else {})
     assert choose(REALS, evaluations=evaluations).spec.name == "cma"
     if name == "guided":  # nor may the options of a mixed space follow the budget
         mixed = choose(MIXED, evaluations=evaluations).spec
@@ -133,7 +134,7 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
 
 def test_on_few_choices_it_is_guided_and_says_so() -> None:
     result = sl.search(CHOICES, total, budget=40, seed=3)
-    guided = sl.AlgorithmSpec("guided", {"options": {"climb": 50}})
+    guided = sl.AlgorithmSpec("guided", {"options": {"climb": 12}})
     named = sl.search(CHOICES, total, budget=40, seed=3, algorithm=guided)
     assert result.records is not None
     assert named.records is not None
@@ -142,7 +143,7 @@ def test_on_few_choices_it_is_guided_and_says_so() -> None:
     (text,) = result.meta["algorithm"].values()
     assert (
         text
-        == "guided with options={'climb': 50}, chosen by auto: 40 evaluations of 6 choice elements"
+        == "guided with options={'climb': 12}, chosen by auto: 40 evaluations of 6 choice elements"
     )
     assert result.to_json()["algorithm"] == {"search": text}
 
@@ -162,7 +163,7 @@ def test_a_larger_budget_does_not_change_the_choice(tmp_path: Path) -> None:
     assert grown.meta["status"] == "interrupted"
     assert first.meta["algorithm"] == grown.meta["algorithm"]
     assert grown.meta["algorithm"]["search"].startswith(
-        "guided with options={'climb': 50}, chosen by auto: 40 "
+        "guided with options={'climb': 12}, chosen by auto: 40 "
     )
     assert fresh.meta["algorithm"]["search"].startswith("evolution, chosen by auto: 400 evalu")
     assert first.records is not None
@@ -215,7 +216,7 @@ def test_the_choice_is_the_first_line_of_the_progress() -> None:
     sl.search(CHOICES, total, budget=20, callbacks=[heard.append, ProgressLine(out)])
     assert {progress.chosen for progress in heard} == {heard[0].chosen}
     assert out.getvalue().splitlines()[0] == f"search: {heard[0].chosen}"
-    assert heard[0].chosen.startswith("guided with options={'climb': 50}, chosen by auto: ")
+    assert heard[0].chosen.startswith("guided with options={'climb': 12}, chosen by auto: ")
     quiet = io.StringIO()
     sl.search(CHOICES, total, budget=20, algorithm="random", callbacks=[ProgressLine(quiet)])
     assert "random" not in quiet.getvalue()
@@ -239,7 +240,7 @@ def test_the_command_line_says_what_was_chosen(
     command = f"{sys.executable} {tmp_path / 'score.py'} {{plan}} {{out}}"
     given = ["run", "command", "--space", "space.yaml", "--command", command]
     given += ["--objective", "loss:min", "--baseline", "known.json", "--budget", "6"]
-    text = "guided with options={'climb': 50}, chosen by auto: 6 evaluations of 4 choice elements"
+    text = "guided with options={'climb': 8}, chosen by auto: 6 evaluations of 4 choice elements"
 
     assert main([*given, "--name", "a", "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -250,7 +251,7 @@ def test_the_command_line_says_what_was_chosen(
     printed = capsys.readouterr().out
     assert "baseline evaluations 2," in printed
     assert f"\nsearch: {text}" in printed
-    assert text in (tmp_path / "runs/a/report.html").read_text("utf-8")
+    assert html.escape(text) in (tmp_path / "runs/a/report.html").read_text("utf-8")
 
     assert main(["resume", "a", "--budget", "12"]) == 0
     printed = capsys.readouterr().out
