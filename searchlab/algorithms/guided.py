@@ -37,6 +37,7 @@ AFAR = ((64, 3), (2**62, 16))  # below an id, one in so many candidates is chose
 # Candidates that are chosen among while skill is not plain. The best of many by an order that means
 # nothing is a rare one, and rare ones are worse than what the wrapped algorithm proposes by itself.
 TAME = 8
+_PROCESSES = ("gp", "additive")
 MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
 _DRAWS, _BACKGROUND = POOL + 1, POOL + 2
@@ -60,8 +61,8 @@ class Guided(Algorithm):
     becomes the job. It is fitted from scratch when `first_fit` labels are told and then at fixed
     counts, 15 % and at least 4 labels apart.
 
-    Of `MANY` elements and more the operators change few at a time. Where a process (`gp`) without
-    signals chooses among those, draws count in full, and one job in three, later one in 16, has
+    Of `MANY` elements and more the operators change few at a time. Where a process (`gp`, `additive`)
+    without signals chooses among those, draws count in full, and one job in three, later one in 16, has
     random candidates instead: the best may be far from what is known. A linear function has no
     other valley, and signals tell more than distance.
 
@@ -141,7 +142,7 @@ class Guided(Algorithm):
         if prior is not None:
             self.prior = Prior(prior, space, self._new_predictor, lambda: self._unseen)
         plain = not self._of and self.ladder is None
-        self.broad = self._predictor == "gp" and plain and space.size >= MANY
+        self.broad = self._predictor in _PROCESSES and plain and space.size >= MANY
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 

@@ -126,8 +126,9 @@ def test_with_trust_the_predictor_chooses_and_finds_more() -> None:
 def test_many_mixed_elements_are_also_looked_for_afar() -> None:
     wide = Space(x=Choice(range(4), shape=(20,)), y=Real(0, 1, shape=(10,)))
     for space, options, wanted in (
+        (wide, {"guard": "always"}, {18, 21, 24, 27}),
         (wide, {"guard": "always", "predictor": "gp"}, {18, 21, 24, 27}),
-        (wide, {"guard": "always"}, set()),
+        (wide, {"guard": "always", "predictor": "ridge"}, set()),
         (CHOICES, {"guard": "always", "predictor": "gp"}, set()),
     ):
         algorithm = Guided(space, seed=1, pool=50, first_fit=16, **options)
