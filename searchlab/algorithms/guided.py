@@ -61,10 +61,10 @@ class Guided(Algorithm):
     becomes the job. It is fitted from scratch when `first_fit` labels are told and then at fixed
     counts, 15 % and at least 4 labels apart.
 
-    Of `MANY` elements and more the operators change few at a time. Where a process (`gp`, `additive`)
-    without signals chooses among those, draws count in full, and one job in three, later one in 16, has
-    random candidates instead: the best may be far from what is known. A linear function has no
-    other valley, and signals tell more than distance.
+    Of `MANY` elements and more the operators change few at a time. Where a process (`gp` or
+    `additive`) without signals chooses among those, draws count in full, and one job in three,
+    later one in 16, has random candidates instead: the best may be far from what is known. A linear
+    function has no other valley, and signals tell more than distance.
 
     A guard decides at every fit whether the predictor may choose until the next. It looks at
     labels held out of the fit, at the predictions that were stored with the latest batches before
