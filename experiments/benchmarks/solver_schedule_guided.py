@@ -49,7 +49,7 @@ from searchlab.study import Database
 Problem = Literal["mixture", "digits"]
 Who = Literal["plain", "guided"]
 
-SHARE, SPENT = 0.4, 0.32  # of plain evolution's evaluations: the limit, and what is used
+SHARE, SPENT = 0.4, 0.3  # of plain evolution's evaluations: the limit, and what is used
 NAMES = ("few", "typical", "path", "truncation")
 
 
