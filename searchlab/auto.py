@@ -38,7 +38,8 @@ SMALL = 60  # evaluations; up to here every single one is thought over
 MEDIUM = 300  # up to here a predictor pays for itself
 MANY_OBJECTIVES = 4  # from here on crowding says little, and directions spread a front better
 FIRST = 10  # random candidates of a mixed space, and labels of the first fit there
-CLIMB, EACH = 50, 2  # most evaluations in which guided search goes up from the best, per element
+CLIMB = 50  # most evaluations in which guided search of choices goes up from the best
+EACH = 2  # of them per element, without signals to tell one hill from another
 SHARE_OF_BASELINES = 3  # baselines get at most one part in so many of the budget
 _META = "auto"
 
@@ -63,6 +64,7 @@ def choose(
     objectives: int = 1,
     fidelities: Sequence[float] = (1.0,),
     prunes: bool = False,
+    signals: bool = False,
     registered: Callable[[str], bool] | None = None,
 ) -> Chosen:
     """The algorithm for a search.
@@ -73,6 +75,7 @@ def choose(
         objectives: how many.
         fidelities: relative costs of those that candidates may be measured at, cheapest first.
         prunes: the evaluator stops early where a bound allows it.
+        signals: the evaluator says something of candidates before they are evaluated.
         registered: whether an algorithm of a name exists; the registry by default.
     """
     from searchlab.config import ALGORITHMS, AlgorithmSpec, known_names
@@ -94,7 +97,7 @@ def choose(
     if evaluations is not None and evaluations <= MEDIUM:
         if registered("guided"):
             # No option follows the budget: a larger one goes on where this one ends.
-            return Chosen(AlgorithmSpec("guided", _first_steps(space)), reason)
+            return Chosen(AlgorithmSpec("guided", _first_steps(space, signals)), reason)
         reason += ", without a predictor"
     if prunes:
         return Chosen(
@@ -103,10 +106,10 @@ def choose(
     return Chosen(AlgorithmSpec("evolution"), reason)
 
 
-def _first_steps(space: Space) -> dict[str, Any]:
+def _first_steps(space: Space, signals: bool) -> dict[str, Any]:
     """Options of guided search for its first evaluations."""
     if all(isinstance(variable, Choice) for variable in space.variables.values()):
-        return {"options": {"climb": min(CLIMB, EACH * space.size)}}
+        return {"options": {"climb": CLIMB if signals else min(CLIMB, EACH * space.size)}}
     return {"options": {"n_random": FIRST}, "first_fit": FIRST}
 
 
@@ -122,6 +125,7 @@ def chosen_for(stage: Stage) -> Chosen:
         objectives=len(evaluator.objectives) if stage.trades else 1,
         fidelities=costs if ranks else costs[stage.fidelity_index :][:1],
         prunes=bool(getattr(evaluator, "prunes", False)) and not stage.main,
+        signals=any(signal.when == "static" for signal in evaluator.signals),
     )
 
 

@@ -86,7 +86,7 @@ def made(task: Task, name: str, seed: int, **options: Any) -> Algorithm:
     """An algorithm by name; one that reads signals gets the task's. `auto` is what that chooses."""
     spec = AlgorithmSpec(name, options)
     if name == "auto":
-        spec = choose(task.space, evaluations=50).spec
+        spec = choose(task.space, evaluations=50, signals=task.signals is not None).spec
     return spec.build(task.space, seed=seed, first_id=0, seeds=None, signals=task.signals)
 
 

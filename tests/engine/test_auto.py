@@ -123,6 +123,8 @@ def test_a_predictor_is_used_where_one_is_registered(evaluations: int | None, na
     # Or a larger budget would not go on where a smaller one ends.
     assert spec.options == ({"options": {"climb": 12}} if name == "guided" else {})
     assert choose(REALS, evaluations=evaluations).spec.name == "cma"
+    told = choose(CHOICES, evaluations=evaluations, signals=True).spec
+    assert told.options == ({"options": {"climb": 50}} if name == "guided" else {})
     if name == "guided":  # nor may the options of a mixed space follow the budget
         mixed = choose(MIXED, evaluations=evaluations).spec
         assert mixed == choose(MIXED, evaluations=20).spec
