@@ -93,6 +93,8 @@ class Supervisor:
         """Forks the command; returns why it could not be started, or an empty text."""
         spec = self.spec
         argv = ["/bin/sh", "-c", spec["shell"]] if "shell" in spec else spec["argv"]
+        # These and its number come before the command, as it might end this process.
+        sinks = [Sink(spec[name], spec["limit"]) for name in ("stdout", "stderr")]
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         fault_read, fault_write = os.pipe()
@@ -104,11 +106,11 @@ class Supervisor:
             become(spec, argv, out_write, err_write, gate_read, fault_write)
         for end in (out_write, err_write, gate_read, fault_write):
             os.close(end)
-        say({"pid": self.pid})  # first, as the command might end this process
+        say({"pid": self.pid})
         os.write(gate_write, b"1")
         os.close(gate_write)
-        for end, name in ((out_read, "stdout"), (err_read, "stderr")):
-            self.sinks[end] = Sink(spec[name], spec["limit"])
+        for end, sink in zip((out_read, err_read), sinks, strict=True):
+            self.sinks[end] = sink
             self.poll.register(end, select.POLLIN)
         self.poll.register(self.wake, select.POLLIN)
         self.poll.register(0, select.POLLIN)
