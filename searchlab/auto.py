@@ -110,7 +110,7 @@ def _first_steps(space: Space, signals: bool) -> dict[str, Any]:
     """Options of guided search for its first evaluations."""
     if all(isinstance(variable, Choice) for variable in space.variables.values()):
         return {"options": {"climb": CLIMB if signals else min(CLIMB, EACH * space.size)}}
-    return {"options": {"n_random": FIRST}, "first_fit": FIRST}
+    return {"options": {"n_random": FIRST, "spread": True}, "first_fit": FIRST}
 
 
 def chosen_for(stage: Stage) -> Chosen:

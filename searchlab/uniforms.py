@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from searchlab.errors import ConfigError
 
-__all__ = ["FITS", "PARENTS", "POOL", "BOOTSTRAP", "SURVIVAL", "derived", "uniforms", "uniforms_of"]
+__all__ = [
+    "BOOTSTRAP",
+    "FITS",
+    "PARENTS",
+    "POOL",
+    "SPREAD",
+    "SURVIVAL",
+    "derived",
+    "uniforms",
+    "uniforms_of",
+]
 
 # Purposes 0-99 are proposals: the number is the redraw attempt.
 PARENTS = 100
@@ -19,6 +29,7 @@ POOL = 200
 FITS = 300
 BOOTSTRAP = 400
 SURVIVAL = 500
+SPREAD = 600
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _OTHER = np.uint64(0xD1342543DE82EF95)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab.algorithms._blas import one_thread, rescan
 from searchlab.algorithms._guard import Evidence, Gain, convinces, correlation, gain, trusts
 from searchlab.algorithms._prior import Prior
 from searchlab.algorithms.base import Told
@@ -116,8 +117,9 @@ class Learner:
             return None
         losses = _labels(told.losses[:, 0], told.violation)
         table, pool = self._table(told.population), self._background(int(told.ids[-1]))
-        predictor = self._fit(table, losses, pool)
-        held = self._held_out(predictor, table, losses, told.ids, pool)
+        with one_thread():
+            predictor = self._fit(table, losses, pool)
+            held = self._held_out(predictor, table, losses, told.ids, pool)
         return Final(predictor, table, losses, held, pool)
 
     @property
@@ -177,9 +179,13 @@ class Learner:
         losses = _labels(told.losses[:, 0], told.violation)
         table = self._table(told.population)
         pool = self._background(int(told.ids[-1]))
-        predictor = self._fit(table, losses, pool)
+        said = np.empty(0)
+        rescan()
+        with one_thread():
+            predictor = self._fit(table, losses, pool)
+            if self._guard == "measured":
+                said = self._held_out(predictor, table, losses, told.ids, pool)
         if self._guard == "measured":
-            said = self._held_out(predictor, table, losses, told.ids, pool)
             held_out = correlation([(said, losses)], values=True)
             batch = np.searchsorted(counts, reached[:end])  # rows between two fits are one batch
             latest = (batch > 0) & (batch >= len(counts) - BATCHES)
@@ -255,7 +261,8 @@ class Learner:
             assert own.shape == (1, DRAW_WIDTH)
             n = len(population)
             table = whole.take(start + np.arange(max(n, PADDED)) % n)
-            drawn, mean = predictor.draw(table, own)[0], predictor.predict(table)[0]
+            with one_thread():
+                drawn, mean = predictor.draw(table, own)[0], predictor.predict(table)[0]
             chosen = (mean + self._boldness * (drawn - mean))[:n]
             out.append(np.argsort(chosen, kind="stable"))
             start += n
@@ -266,7 +273,9 @@ class Learner:
         if self.state.predictor is None or not len(jobs):
             return replace(jobs, predicted=np.full((len(jobs), 2), np.nan))
         rows = np.arange(max(len(jobs), PADDED)) % len(jobs)
-        mean, sd = self.state.predictor.predict(self._table(jobs.population.take(rows)))
+        table = self._table(jobs.population.take(rows))
+        with one_thread():
+            mean, sd = self.state.predictor.predict(table)
         return replace(jobs, predicted=np.column_stack([mean, sd])[: len(jobs)])
 
 

@@ -15,6 +15,7 @@ from searchlab.algorithms.variation import UniformVariation, Variation
 from searchlab.errors import ConfigError
 from searchlab.population import Population
 from searchlab.space import Space
+from searchlab.uniforms import SPREAD, uniforms
 
 __all__ = ["Evolution", "ParentRule"]
 
@@ -134,6 +135,8 @@ class Evolution(Algorithm):
             searches whose operator changes; `mating` begins after them.
         climb: so many ids after the random starts are children of the best candidate alone, by
             mutation alone. While evaluations are few, mixing random candidates comes to nothing.
+        spread: the random starts fill the space evenly: of `n_random` equal parts of every uniform
+            that a candidate is made of each is drawn from once (a Latin hypercube).
         race: give every job a bound: the loss of the worst candidate that is kept for parents.
             What is beyond it changes neither proposals nor the best, so evaluators may stop there.
     """
@@ -161,6 +164,7 @@ class Evolution(Algorithm):
         early: Variation | None = None,
         early_until: int = 0,
         climb: int = 0,
+        spread: bool = False,
     ) -> None:
         super().__init__(space, seed=seed, first_id=first_id, seeds=seeds, repeats=repeats)
         if n_random < 0 or quantum < 1:
@@ -175,7 +179,7 @@ class Evolution(Algorithm):
             raise ConfigError(f"early_until {early_until}; allowed: 1 or more, with `early`")
         if climb < 0 or (climb and (niche is not None or mating is not None or early is not None)):
             raise ConfigError(f"climb {climb}; allowed: 0 or more; 0 with niches, mating or early")
-        self.climb = climb
+        self.climb, self.spread = climb, spread
         if climb:
             early, early_until = _CLIMBING, len(self.seeds.population) + n_random + climb
         self.mating, self.mates = mating, mates
@@ -200,6 +204,8 @@ class Evolution(Algorithm):
             more |= {"early": self.early.settings(), "early_until": self.early_until}
         if self.climb:
             more |= {"climb": self.climb}
+        if self.spread:
+            more |= {"spread": True}
         return {
             **super().settings(),
             **more,
@@ -282,8 +288,11 @@ class Evolution(Algorithm):
             return self._vary(ids, u, strength)
         random = (ids < start) | (not usable)
         if random.all():
-            population = self.space.sample(u[:, 5 : 5 + self.space.sample_width])
-            return Draw(population, ["random"] * len(ids), no_parents(len(ids)))
+            own = u[:, 5 : 5 + self.space.sample_width]
+            # A candidate that is drawn anew, as it was there already, may come from anywhere.
+            if self.spread and strength <= 1:
+                own = self._evenly(ids, own)
+            return Draw(self.space.sample(own), ["random"] * len(ids), no_parents(len(ids)))
         if random.any():
             first = self._draw(ids[random], u[random], strength)
             second = self._draw(ids[~random], u[~random], strength)
@@ -295,6 +304,17 @@ class Evolution(Algorithm):
                 np.concatenate([first.parents, second.parents]),
             )
         return self._vary(ids, u, strength)
+
+    def _evenly(self, ids: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The uniforms (n, width) of random starts, each column moved into the id's own part."""
+        n, place = self.n_random, ids - self.first_id - len(self.seeds.population)
+        starts = np.flatnonzero((place >= 0) & (place < n))
+        if not len(starts):
+            return u
+        part = np.argsort(uniforms(self.seed, SPREAD, 0, n, u.shape[1]), axis=0, kind="stable")
+        out = u.copy()
+        out[starts] = (part[place[starts]] + u[starts]) / n
+        return out
 
     def _vary(self, ids: NDArray[np.int64], u: NDArray[np.float64], strength: float) -> Draw:
         young = ids < self.first_id + self.early_until

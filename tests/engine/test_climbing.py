@@ -130,3 +130,31 @@ def test_pools_of_choices_vary_as_usual_while_evolution_climbs() -> None:
         ]
         climbing = [c for i, c in zip(chosen, changed, strict=False) if i < 18]
         assert (max(climbing, default=0) <= 4) or not tame
+
+
+def test_spread_starts_hit_every_part_of_every_number_once() -> None:
+    space = Space(x=Real(0, 1, shape=(6,)), y=Choice(range(10)))
+    algorithm = Evolution(space, seed=2, first_id=5, n_random=10, spread=True)
+    whole = algorithm.ask(5, 10).population
+    parts = np.floor(whole["x"] * 10).astype(int)
+    assert (np.sort(parts, axis=0) == np.arange(10)[:, None]).all()
+    assert sorted(whole["y"].tolist()) == list(range(10))
+    for i in range(5, 15):  # a start depends on its id only
+        again = Evolution(space, seed=2, first_id=5, n_random=10, spread=True)
+        np.testing.assert_array_equal(again.ask(i, 1).population["x"][0], whole["x"][i - 5])
+    plain = Evolution(space, seed=2, first_id=5, n_random=10).ask(5, 10).population
+    assert (np.sort(np.floor(plain["x"] * 10), axis=0) != np.arange(10)[:, None]).any()
+    assert "spread" in algorithm.settings()
+
+
+def test_spread_starts_in_a_space_of_few_candidates_are_all_of_them() -> None:
+    space = Space(x=Choice(range(3)), y=Choice(range(2)))
+    algorithm = Evolution(space, n_random=8, spread=True)
+    keys: set[bytes | None] = set()
+    for i in range(8):
+        jobs = algorithm.ask(i, 1)
+        keys |= set(jobs.keys)
+        if len(jobs):
+            losses = np.zeros((1, 1))
+            algorithm.tell(Told(jobs.ids, jobs.population, losses, np.zeros(1), jobs.predicted))
+    assert len(keys) == 6
