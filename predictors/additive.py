@@ -13,17 +13,16 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from searchlab.predictors.base import State
+from searchlab.predictors.label_numbers import numbers_of
 from searchlab.predictors.preprocess import Features, Inputs
 from searchlab.predictors.process import JITTER, Process
 from searchlab.space import Space
-from searchlab.variables import Choice
 
 __all__ = ["Additive", "Parts"]
 
 Floats = NDArray[np.float64]
 
 APART = 12  # variables beyond which all of them share their numbers
-RATIO = 4.0  # of the largest numeric label to the smallest, from which on their logs count
 DECAY = 2.8  # of what is no sum, per share of elements that differ
 BEND = 0.25  # length over which the effect of a number in [0, 1] changes
 # Variances a priori: of all labels' effects, all lines, all bends, what is no sum, signals, noise.
@@ -74,7 +73,7 @@ class Parts:
             share = 1 / math.sqrt(size * (len(space.variables) if several else 1))
             if width > size:
                 add(share * np.eye(width), np.zeros(width), _LABEL)
-                values = _numbers(variable)
+                values = numbers_of(variable)
                 if values is not None:
                     add(share * values[:, None], np.zeros(1), _LINE)
             elif width:
@@ -107,21 +106,6 @@ class Parts:
             "part": self.part,
             "kind": self.kind,
         }
-
-
-def _numbers(variable: Any) -> Floats | None:
-    """Standardised numbers of a single choice among three and more of them, else None."""
-    if not isinstance(variable, Choice) or variable.size > 1:
-        return None
-    labels = list(variable.labels)
-    plain = [label for label in labels if isinstance(label, int | float)]
-    if len(labels) < 3 or len(plain) < len(labels) or any(isinstance(v, bool) for v in labels):
-        return None
-    values = np.array(plain, dtype=np.float64)
-    if values.min() > 0 and values.max() >= RATIO * values.min():
-        values = np.log(values)
-    out: Floats = (values - values.mean()) / (values.std() or 1.0)
-    return out
 
 
 class Additive(Process):

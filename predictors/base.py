@@ -74,9 +74,10 @@ class BasePredictor:
         labels = Labels(usable, self.labels_kind)
         self._prepare(inputs, None if pool is None else inputs(pool))
         features = inputs(table)
+        self._labels = labels
         self._learn(features, labels.targets, seed)
         self._fit_to = features, labels.targets, seed
-        self._inputs, self._labels, self.n_labels = inputs, labels, len(table)
+        self._inputs, self.n_labels = inputs, len(table)
 
     def update(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.update`: from scratch, so that nothing depends on earlier fits."""

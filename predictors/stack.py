@@ -13,9 +13,10 @@ from searchlab.errors import ConfigError
 from searchlab.predictors.additive import Additive, Parts
 from searchlab.predictors.base import LEAST, BasePredictor, State, folds_of, part_of
 from searchlab.predictors.boosted import Boosted
-from searchlab.predictors.forest import Forest
+from searchlab.predictors.forest import SHARE, Forest
 from searchlab.predictors.gp import GaussianProcess
-from searchlab.predictors.preprocess import Features, Inputs
+from searchlab.predictors.label_numbers import number_columns
+from searchlab.predictors.preprocess import Features, Inputs, Labels
 from searchlab.predictors.ridge import Ridge
 
 __all__ = ["Stack"]
@@ -26,16 +27,25 @@ MEMBERS_FROM = {"gbdt": 100}  # labels below which a member is not worth its fit
 JUDGED = 10  # labels from which on weights are fitted
 # Weights before any label is seen, as ratios.
 _BELIEF = {"additive": 0.7, "gp": 0.7, "gbdt": 0.15, "ridge": 0.1, "rf": 0.05}
-_ALONE = {"additive": 4.0}  # without signals `gp` knows only how many elements differ
+# Without signals `gp` knows only how many elements differ. Of several variables, some of which
+# matter, trees see other things than a sum of effects does, above all what makes losses far worse.
+_ALONE, _SEVERAL = {"additive": 4.0}, {True: {"rf": 2.0}, False: {"rf": 0.4}}
 _WORTH = 60.0  # labels that this belief is worth
 
 
-def _member(name: str, parts: Parts | None = None) -> BasePredictor:
+def _member(
+    name: str,
+    parts: Parts | None = None,
+    numbers: Floats | None = None,
+    labels: Labels | None = None,
+) -> BasePredictor:
+    """A new member; with `labels` the forest learns losses and splits by any column."""
+    share = SHARE if labels is None else 1.0
     made: dict[str, Any] = {
         "additive": lambda: Additive(parts),
         "gp": GaussianProcess,
         "ridge": Ridge,
-        "rf": lambda: Forest(trees=60),
+        "rf": lambda: Forest(trees=60, share=share, numbers=numbers, labels=labels),
         "gbdt": lambda: Boosted(trees=120, rate=0.1, judged=False),
     }
     member: BasePredictor = made[name]()
@@ -71,6 +81,7 @@ class Stack(BasePredictor):
             )
         self.wanted = tuple(members)
         self._parts: Parts | None = None
+        self._numbers: Floats | None = None
         self._several, self._alone = True, False
         self.members = {name: _member(name) for name in members}
         self.weights = self._belief()
@@ -79,19 +90,24 @@ class Stack(BasePredictor):
 
     def _belief(self) -> Floats:
         ratios = _BELIEF | _ALONE if self._alone else _BELIEF
+        if self._several:
+            ratios = ratios | _SEVERAL[self._alone]
         belief = np.array([ratios[name] for name in self.members])
         out: Floats = belief / belief.sum()
         return out
 
     def _prepare(self, inputs: Inputs, pool: Features | None) -> None:
-        self._parts = Parts.of(inputs.space)
+        self._parts, self._numbers = Parts.of(inputs.space), number_columns(inputs.space)
         self._several = len(inputs.space.variables) > 1
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         n, self._alone = len(targets), not features.signals.shape[1]
         names = [name for name in self.wanted if n >= MEMBERS_FROM.get(name, 0)]
         names = [name for name in names if name != "additive" or self._several]
-        self.members = {name: _member(name, self._parts) for name in names or self.wanted}
+        labels = self._labels if self._several else None
+        self.members = {
+            name: _member(name, self._parts, self._numbers, labels) for name in names or self.wanted
+        }
         members = self.members.values()
         for member in members:
             member._learn(features, targets, seed)
