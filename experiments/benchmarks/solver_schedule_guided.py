@@ -4,13 +4,13 @@
         [--folder F] [--minutes M] [--problem mixture|digits] [--nfe N]...
 
 Plain evolution (the recipe's default) has its whole budget of true evaluations, preset `guided`
-30 % of it, on digits 25 %. Both begin at the same known points, on the same noise, and end with the same selection;
-a ratio is the held-out error of the one's winner over that of the other's, below 1 where fewer
-evaluations gave more. Known points and their values are shared; the guided run comes first, so that
-the plain one is answered from the cache where they meet. Seconds are those of the search stage:
-from its first answers to its last, with fits, signals and the panel behind them; CPU seconds of the
-same are what the aim is for, as others may use the machine. `signal_rows` counts the samples that
-the model was called with for the signals.
+30 % of it, on digits 25 %. Both begin at the same known points, on the same noise, and end with the
+same selection; a ratio is the held-out error of the one's winner over that of the other's, below 1
+where fewer evaluations gave more. Known points and their values are shared; the guided run comes
+first, so that the plain one is answered from the cache where they meet. Seconds are those of the
+search stage: from its first answers to its last, with fits, signals and the panel behind them; CPU
+seconds of the same are what the aim is for, as others may use the machine. `signal_rows` counts the
+samples that the model was called with for the signals.
 
 `signals` says how well each signal orders what plain evolution told (Kendall's tau, among all
 children and among the better half), and what it takes per candidate.
