@@ -72,7 +72,7 @@ class Case:
     problem: Problem
     nfe: int
     budget: int
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: tuple[int, ...] = tuple(range(15))
     samples: int | None = None
     held_out: int | None = None
     banks: int = 4
