@@ -37,6 +37,7 @@ AFAR = ((64, 3), (2**62, 16))  # below an id, one in so many candidates is chose
 # Candidates that are chosen among while skill is not plain. The best of many by an order that means
 # nothing is a rare one, and rare ones are worse than what the wrapped algorithm proposes by itself.
 TAME = 8
+STEPS = 40  # mutants of the best that are chosen among without signals: labels are few, see `TAME`
 _PROCESSES = ("gp", "additive")
 MANY = 24  # elements that a linear function of the codes says most of
 BACKGROUND = 256  # candidates without labels that show how signals are spread
@@ -71,7 +72,8 @@ class Guided(Algorithm):
     these were learnt from, and at what the latest batches came to. Where it does not trust, jobs
     are the wrapped algorithm's own, exactly those that it would propose alone. Where it trusts and
     chance may still be behind what it saw, the predictor chooses among `TAME` candidates varied as
-    usual, not among `pool`. Pools of choices vary as usual too while the wrapped evolution climbs.
+    usual, not among `pool`. Pools of choices vary as usual too while the wrapped evolution climbs,
+    and hold at most `STEPS` where there are no signals.
 
     With several fidelities candidates are measured at the cheapest one first. The best of those go
     on, and what they cost so far are inputs of the predictor that chooses them: see `Ladder`.
@@ -141,8 +143,8 @@ class Guided(Algorithm):
         self.prior: Prior | None = None
         if prior is not None:
             self.prior = Prior(prior, space, self._new_predictor, lambda: self._unseen)
-        plain = not self._of and self.ladder is None
-        self.broad = self._predictor in _PROCESSES and plain and space.size >= MANY
+        self._plain = not self._of and self.ladder is None
+        self.broad = self._predictor in _PROCESSES and self._plain and space.size >= MANY
         self.top = self._learner(0)
         self.cheap = self._learner(1) if self.ladder is not None else None
 
@@ -468,8 +470,9 @@ class Guided(Algorithm):
         near = [i for i in ids if not (self.broad and self._looks_afar(i))]
         close = [i for i in near if self._climbs(i)]
         far = [i for i in near if not self._climbs(i)]
-        for some, strengths in ((close, USUAL), (far, STRENGTHS)):
-            pools |= dict(zip(some, self._near(some, self.pool, strengths), strict=True))
+        steps = min(STEPS, self.pool) if self._plain else self.pool
+        for some, size, strengths in ((close, steps, USUAL), (far, self.pool, STRENGTHS)):
+            pools |= dict(zip(some, self._near(some, size, strengths), strict=True))
         return [pools[i] if i in pools else self._afar() for i in ids]
 
     def _climbs(self, i: int) -> bool:
