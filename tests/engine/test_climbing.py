@@ -15,7 +15,8 @@ from searchlab.algorithms.evolution import Evolution, ParentRule
 from searchlab.algorithms.guided import Guided
 from searchlab.algorithms.variation import UniformVariation
 from searchlab.errors import ConfigError
-from searchlab.population import Jobs
+from searchlab.evaluator import Signal
+from searchlab.population import Jobs, Population
 from searchlab.space import Space
 from searchlab.variables import Choice, Real
 
@@ -111,6 +112,28 @@ def test_until_skill_is_plain_few_usual_candidates_are_chosen_among(
     seen.clear()
     driven(Guided(WIDE, seed=1, pool=300, guard="always"), 24)
     assert set(seen) == {(300, guided_module.STRENGTHS)}
+
+
+def test_climbing_pools_are_small_without_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Signals:
+        signals = (Signal("sum", when="static"),)
+
+        def static_signals(self, population: Population) -> Any:
+            return population["x"].sum(axis=1, keepdims=True) * 1.0
+
+    original = Guided._near
+    sizes: list[int] = []
+
+    def near(self: Guided, ids: Any, size: int, *more: Any) -> Any:
+        sizes.extend([size] * len(ids))
+        return original(self, ids, size, *more)
+
+    monkeypatch.setattr(Guided, "_near", near)
+    for signals, wanted in ((None, {guided_module.STEPS, 200}), (Signals(), {200})):
+        sizes.clear()
+        options = {"pool": 200, "guard": "always", "options": {"climb": 10}}
+        driven(Guided(WIDE, seed=1, signals=signals, **options), 24)  # type: ignore[arg-type]
+        assert set(sizes) == wanted
 
 
 def test_pools_of_choices_vary_as_usual_while_evolution_climbs() -> None:
