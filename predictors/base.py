@@ -13,6 +13,7 @@ from scipy.special import ndtri
 
 from searchlab.errors import ConfigError
 from searchlab.predictor import DRAW_WIDTH, Table
+from searchlab.predictors._latest import Latest
 from searchlab.predictors.artifact import State as State
 from searchlab.predictors.artifact import load_state, save_state
 from searchlab.predictors.preprocess import Features, Inputs, Labels, usable_losses
@@ -66,6 +67,7 @@ class BasePredictor:
         self._labels: Labels | None = None
         self.n_labels = 0
         self._fit_to: tuple[Features, Floats, int] | None = None
+        self._read: Latest[Features] = Latest()
 
     def fit(self, table: Table, losses: Floats, *, seed: int, pool: Table | None = None) -> None:
         """See `Predictor.fit`."""
@@ -74,7 +76,7 @@ class BasePredictor:
         labels = Labels(usable, self.labels_kind)
         self._prepare(inputs, None if pool is None else inputs(pool))
         features = inputs(table)
-        self._labels = labels
+        self._labels, self._read = labels, Latest()
         self._learn(features, labels.targets, seed)
         self._fit_to = features, labels.targets, seed
         self._inputs, self.n_labels = inputs, len(table)
@@ -117,7 +119,8 @@ class BasePredictor:
     def _ready(self, table: Table) -> tuple[Features, Labels]:
         if self._inputs is None or self._labels is None:
             raise ConfigError(f"predictor {self.name!r} has learnt nothing; allowed: after fit")
-        return self._inputs(table), self._labels
+        inputs = self._inputs
+        return self._read.of(table, lambda: inputs(table)), self._labels
 
     # -- what a subclass writes -------------------------------------------------------------
 

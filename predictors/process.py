@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
+from searchlab.predictors._latest import Latest
 from searchlab.predictors.base import BasePredictor, Folds, State, normals_of
 from searchlab.predictors.preprocess import Features
 from searchlab.uniforms import derived
@@ -43,6 +44,7 @@ class Process(BasePredictor):
         self._weights: Floats = np.empty(0)
         self._root: NDArray[Any] = np.empty((0, 0))
         self._function: tuple[NDArray[Any], NDArray[Any]] | None = None
+        self._latest: Latest[Floats] = Latest()
 
     # -- what a subclass writes -------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class Process(BasePredictor):
             features, targets = features.take(rows), targets[rows]
         some = np.sort(generator.permutation(len(targets))[:FITTED])
         self._log, self._seen = self._fitted(features, targets, some), features
+        self._latest = Latest()
         noisy = self._covariance(features, features).copy()
         noisy[np.diag_indices_from(noisy)] += np.exp(self._log[-1]) + JITTER
         self._root = np.linalg.cholesky(noisy)
@@ -91,8 +94,10 @@ class Process(BasePredictor):
         return out
 
     def _cross(self, features: Features) -> Floats:
-        assert self._seen is not None
-        return self._covariance(features, self._seen)
+        """Covariances (n, m) with the kept labels; not to be changed."""
+        seen = self._seen
+        assert seen is not None
+        return self._latest.of(features, lambda: self._covariance(features, seen))
 
     def _scores(self, features: Features) -> tuple[Floats, Floats]:
         cross = self._cross(features)
@@ -104,7 +109,7 @@ class Process(BasePredictor):
         assert self._seen is not None
         function = self._function
         if function is None:
-            covariance = self._cross(self._seen)
+            covariance = self._covariance(self._seen, self._seen)
             solved = solve_triangular(self._root, covariance, lower=True)
             posterior = covariance - solved.T @ solved
             jitter = 1e-6 * float(np.diag(covariance).mean())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from searchlab.errors import ConfigError
+from searchlab.predictors._latest import Latest
 from searchlab.predictors.additive import Additive, Parts
 from searchlab.predictors.base import LEAST, BasePredictor, State, folds_of, part_of
 from searchlab.predictors.boosted import Boosted
@@ -87,6 +88,7 @@ class Stack(BasePredictor):
         self.weights = self._belief()
         self._scale = 1.0
         self._unseen: Floats | None = None
+        self._latest: Latest[tuple[Floats, Floats]] = Latest()
 
     def _belief(self) -> Floats:
         ratios = _BELIEF | _ALONE if self._alone else _BELIEF
@@ -102,6 +104,7 @@ class Stack(BasePredictor):
 
     def _learn(self, features: Features, targets: Floats, seed: int) -> None:
         n, self._alone = len(targets), not features.signals.shape[1]
+        self._latest = Latest()
         names = [name for name in self.wanted if n >= MEMBERS_FROM.get(name, 0)]
         names = [name for name in names if name != "additive" or self._several]
         labels = self._labels if self._several else None
@@ -143,8 +146,12 @@ class Stack(BasePredictor):
 
     def _said(self, features: Features) -> tuple[Floats, Floats]:
         """Means and standard deviations of each member, (m, n) each."""
-        said = [member._scores(features) for member in self.members.values()]
-        return np.stack([mean for mean, _ in said]), np.stack([sd for _, sd in said])
+
+        def made() -> tuple[Floats, Floats]:
+            said = [member._scores(features) for member in self.members.values()]
+            return np.stack([mean for mean, _ in said]), np.stack([sd for _, sd in said])
+
+        return self._latest.of(features, made)
 
     def _scores(self, features: Features) -> tuple[Floats, Floats]:
         means, sds = self._said(features)
@@ -155,13 +162,14 @@ class Stack(BasePredictor):
     def _draw(self, features: Features, u: Floats) -> Floats:
         """The mean, moved as one member's draw is; each draw takes a member by its weight."""
         u = np.asarray(u, dtype=np.float64)
-        mean = self._scores(features)[0]
+        means = self._said(features)[0]
+        mean = self.weights @ means
         out = np.empty((len(u), len(features)))
         which = np.searchsorted(np.cumsum(self.weights)[:-1], u[:, 0], side="right")
         for at, member in enumerate(self.members.values()):
             rows = which == at
             if rows.any():
-                moved = member._draw(features, u[rows]) - member._scores(features)[0]
+                moved = member._draw(features, u[rows]) - means[at]
                 out[rows] = mean + self._scale * moved
         return out
 
