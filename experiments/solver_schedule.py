@@ -172,7 +172,13 @@ def build(options: SolverScheduleOptions) -> SearchConfig:
     if options.warm_start is not None:
         from searchlab.warm_start import best_of_run
 
-        warm = best_of_run(options.warm_start, room.space, room.evaluator.objectives[0], per="nfe")
+        warm = best_of_run(
+            options.warm_start,
+            room.space,
+            room.evaluator.objectives[0],
+            per="nfe",
+            evaluator=room.evaluator,
+        )
         known = warm if known is None else known.joined(warm)
     stages = []
     if room.screened:

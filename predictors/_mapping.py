@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._adopt import places
 from searchlab.predictor import Table
 from searchlab.space import Space, Tokens
 from searchlab.variables import Choice, Variable
@@ -29,10 +30,10 @@ def mapped_table(table: Table, old: Space) -> Table:
     for name, variable in old.variables.items():
         mine = table.space.variables[name]
         at, token = starts[name]
-        places = _places(variable, mine)
+        at_places = places(variable, mine)
         block = table.x[:, at : at + mine.code_width].reshape(len(table), mine.size, -1)
-        parts.append(_recoded(block[:, places], variable, mine).reshape(len(table), -1))
-        rows = token + places
+        parts.append(_recoded(block[:, at_places], variable, mine).reshape(len(table), -1))
+        rows = token + at_places
         codes.append(_labels(table.tokens.codes[:, rows], variable, mine))
         values.append(table.tokens.values[:, rows])
         active.append(table.tokens.active[:, rows])
@@ -57,21 +58,6 @@ def _starts(space: Space) -> dict[str, tuple[int, int]]:
         out[name] = (at, token)
         at, token = at + variable.code_width, token + variable.size
     return out
-
-
-def _places(old: Variable, new: Variable) -> NDArray[np.int64]:
-    """Which element of `new` each one of `old` is read from, (old.size,)."""
-    if old.shape == new.shape:
-        return np.arange(old.size)
-    shapes = (old.shape, new.shape)
-    if len(old.shape) != len(new.shape):
-        shapes = ((old.size,), (new.size,))
-    axes = [
-        ((np.arange(wanted) + 0.5) / wanted * there).astype(np.int64)
-        for wanted, there in zip(*shapes, strict=True)
-    ]
-    grid = np.arange(new.size).reshape(shapes[1] or (1,))
-    return np.asarray(grid[np.ix_(*axes)] if axes else grid).reshape(-1)
 
 
 def _recoded(block: NDArray[Any], old: Variable, new: Variable) -> NDArray[np.float32]:

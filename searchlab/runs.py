@@ -182,7 +182,7 @@ def open_config(
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
         pace, prior = store.get_meta("pace"), store.get_meta("prior")
-        warm_start = store.get_meta("warm_start")
+        warm_start, kept = store.get_meta("warm_start"), store.get_meta("warm_seeds")
         store.close("")
     finally:
         base.close()
@@ -198,7 +198,7 @@ def open_config(
     if warm_start is not None:
         from searchlab.warm_start import with_warm_start
 
-        config = with_warm_start(config, warm_start)
+        config = with_warm_start(config, warm_start, kept=kept)
     config = with_prior(config, kept_prior(prior, address.out))
     return Opened(address, recipe, values, config, pace)
 
@@ -234,10 +234,11 @@ def run_recipe(
     Raises:
         SearchlabError: see `searchlab.search.run`; RunInUseError where another process runs it.
     """
+    from searchlab._kept_seeds import keep_seeds, with_kept_seeds
     from searchlab.prior import keep_prior
     from searchlab.search import run
 
-    config = config if config is not None else recipe.build(options)
+    config = with_kept_seeds(config or recipe.build(options), database, name)
     with _open_run(config, name, out, database, durability) as store:
         store.set_meta("recipe", recipe.name)
         store.set_meta("options", asdict(options))
@@ -246,6 +247,7 @@ def run_recipe(
             if place is not None:
                 place(out)
         keep_prior(config, store, out)
+        keep_seeds(config, store)
         if warm_start is not None:
             store.set_meta("warm_start", warm_start)
         _place_logs(executor, out)
@@ -279,11 +281,14 @@ def run_in_database(
     Raises:
         SearchlabError: see `run_recipe`.
     """
+    from searchlab._kept_seeds import keep_seeds, with_kept_seeds
     from searchlab.prior import keep_prior
     from searchlab.search import run
 
+    config = with_kept_seeds(config, database, name)
     with _open_run(config, name, out, database) as store:
         keep_prior(config, store, out)
+        keep_seeds(config, store)
         _place_logs(executor, out)
         live = LiveStatus(executor)
         with live.kept(store):

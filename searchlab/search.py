@@ -512,7 +512,7 @@ def search(
         of = evaluator.objectives
         if steer in names:
             of = (of[names.index(steer)],)
-        warm = best_of_run(warm_start, space, of, database=database)
+        warm = best_of_run(warm_start, space, of, database=database, evaluator=evaluator)
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
     expand: Callable[[Stage], tuple[Stage, ...]] | None = getattr(spec.kind(), "expand", None)

@@ -12,8 +12,8 @@ calls, then of 8 (problem `mixture`); `models`: schedules of 6 calls for a small
 then for one 2.7 times as wide. Both from scratch, with the ten best of the first search, and with
 its predictor beside them: evaluations to the error that the search from scratch ends with (one more
 than there are = never), those to what it has after half of them, and the error at the end of as
-many. What was begun with counts. Schedules of 6 calls are lengthened by two steps in the gaps where
-the new problem's signal of few samples is lowest.
+many. What was begun with counts. Schedules of 6 calls get two steps more on the
+way, as with every warm start, where the new problem's signal of few samples is lowest.
 
 Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
 below $SEARCHLAB_DATA; its cases are skipped where it is not. With `--folder` finished seeds of
@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,9 +39,7 @@ from numpy.typing import NDArray
 
 import searchlab as sl
 from searchlab._tau import tau_of
-from searchlab.algorithms.base import Seeds
 from searchlab.config import Budget, SearchConfig
-from searchlab.errors import SpaceError
 from searchlab.evaluator import SELECTION_REPLICATE
 from searchlab.evaluators.nasbench201 import FILE, SIGNALS
 from searchlab.evaluators.sampling import SamplingEvaluator
@@ -64,8 +61,6 @@ from searchlab.predictors.reuse import Earlier, Warm
 from searchlab.predictors.stack import Stack
 from searchlab.prior import PriorRequest, with_prior
 from searchlab.runs import run_in_database
-from searchlab.spaces.solver_schedule.schedule import Schedule
-from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
 from searchlab.warm_start import best_of_run, with_warm_start
 
 __all__ = ["main"]
@@ -258,45 +253,10 @@ def _errors(config: SearchConfig, out: Path) -> tuple[Floats, int, list[str]]:
     return np.fmin.accumulate(records.values[own, 0]), rows, list(result.meta["notes"])
 
 
-def lengthened(schedule: Schedule, nfe: int) -> list[Schedule]:
-    """The schedule with steps put into its gaps, wherever they fit, until it takes `nfe` calls.
-
-    A new step decides as the one whose gap it divides.
-    """
-    found = {schedule.times: schedule}
-    while next(iter(found.values())).nfe < nfe:
-        longer = {}
-        for one in found.values():
-            at = one.noise.log_snr(np.array(one.times))
-            middles = one.noise.time_of_log_snr((at[:-1] + at[1:]) / 2).tolist()
-            for i, middle in enumerate(middles):
-                steps = (*one.steps[:i], replace(one.steps[i], time=middle), *one.steps[i:])
-                with suppress(SpaceError):  # a step that is not allowed there
-                    new = replace(one, steps=steps)
-                    longer[new.times] = new
-        found = longer
-    return [one for one in found.values() if one.nfe == nfe]
-
-
-def _ten_best(config: SearchConfig, old: SearchConfig, run: Path) -> SearchConfig:
-    """The search with the ten best schedules of an earlier run, lengthened, as starting points.
-
-    Of the ways to lengthen one the new problem's signal of few samples chooses.
-    """
-    space, stage = cast(SolverScheduleSpace, old.stages[-1].space), config.stages[-1]
-    new, evaluator = cast(SolverScheduleSpace, stage.space), stage.evaluator
-    assert isinstance(evaluator, SamplingEvaluator)
-    few = [signal.name for signal in evaluator.signals].index("few")
-    best = best_of_run(run, space, old.stages[-1].evaluator.objectives[0])
-    kept, names = [], []
-    for name, plan in zip(best.origin, space.plans(best.population), strict=True):
-        ways = lengthened(plan, int(TO))
-        if ways:
-            population = new.of_schedules(ways)
-            row = int(np.argmin(evaluator.static_signals(population)[:, few]))
-            kept.append(ways[row])
-            names.append(name)
-    seeds = Seeds(new.of_schedules(kept), tuple(names))
+def _ten_best(config: SearchConfig, run: Path) -> SearchConfig:
+    """The search with the ten best schedules of an earlier run, and nothing else, to start at."""
+    stage = config.stages[-1]
+    seeds = best_of_run(run, stage.space, stage.evaluator.objectives[0], evaluator=stage.evaluator)
     return replace(config, stages=(*config.stages[:-1], replace(stage, seeds=seeds)))
 
 
@@ -314,7 +274,7 @@ def _more_calls(seed: int, quick: bool) -> dict[str, Any]:
             start = time.process_time()
             config = _schedules(TO, seed, quick)
             if way != "from scratch":
-                config = _ten_best(config, old, base / "old")
+                config = _ten_best(config, base / "old")
             if "predictor" in way:
                 config = with_prior(config, PriorRequest(base / "old" / "predictor"))
             found[way] = _told(config, base / way.replace(" ", "_"), start)

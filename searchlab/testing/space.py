@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from searchlab._adopt import Adopts, adopted
 from searchlab.population import Population
 from searchlab.space import KEY_BYTES, Space
 from searchlab.uniforms import uniforms
@@ -149,6 +150,17 @@ class SpaceSuite:
         values = plain.decode(candidates)
         assert plain.population(values).equals(candidates)
         assert plain.population(json.loads(json.dumps(values))).equals(candidates)
+
+    def test_an_equal_space_adopts_candidates(self, space: Space, candidates: Population) -> None:
+        """Two searches of one space may differ in what is not in its variables."""
+        if isinstance(space, Adopts):
+            found = space.adopted(space, candidates, 2)
+        else:
+            found = adopted(space, space, candidates)
+            assert found.population.equals(candidates)
+        assert space.is_feasible(found.population).all()
+        keys, own = space.keys(found.population), space.keys(candidates)
+        assert any(key == own[row] for key, row in zip(keys, found.rows, strict=True))
 
     def test_codes_are_finite_float32(self, space: Space, candidates: Population) -> None:
         code = space.encode(candidates)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from searchlab._adopt import Adopted
 from searchlab.budget import LinearBudget
 from searchlab.errors import SpaceError
 from searchlab.population import Population
@@ -247,6 +248,15 @@ class SolverScheduleSpace(Space):
         choice = self.variables[variable]
         assert isinstance(choice, Choice)
         return choice.labels.index(label) if label in choice.labels else None
+
+    def adopted(self, earlier: Space, population: Population, k: int) -> Adopted:
+        """Schedules of another search, with steps put in or taken out where calls are others.
+
+        See `searchlab.spaces.solver_schedule.resize.adopted`.
+        """
+        from searchlab.spaces.solver_schedule.resize import adopted
+
+        return adopted(self, earlier, population, k)
 
     # -- plans ------------------------------------------------------------------------------
 
