@@ -80,7 +80,9 @@ class SolverScheduleOptions:
     gpu_price: float | None = _option(None, "US dollars per device hour, for a budget in dollars")
     target: float | None = _option(None, "a value that is good enough to stop")
     warm_start: str | None = _option(
-        None, "name or folder of another run over the same space, whose best are proposed first"
+        None,
+        "name or folder of another run, whose best are proposed first; steps are put in or taken out "
+        "where its numbers of calls are others",
     )
     samples: int | None = _option(None, "samples per evaluation")
     held_out: int | None = _option(None, "samples per bank of the selection and report splits")

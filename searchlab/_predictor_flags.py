@@ -40,7 +40,10 @@ def add_flags(parser: argparse.ArgumentParser, *, taken: Collection[str] = ()) -
             "scratch = they forget it",
         )
     if "warm_start" not in taken:
-        text = "name or folder of another run over the same space, whose best are proposed first"
+        text = (
+            "name or folder of another run over this space or one of its kind, whose best are "
+            "proposed first"
+        )
         group.add_argument("--warm-start", metavar="RUN", help=text)
     add_data_flag(group)
 

@@ -456,8 +456,9 @@ def search(
         reference: objective -> value from which hypervolumes are measured; by default a little
             beyond the worst of the first 16 candidates.
         baselines: name -> values; scored first, shown beside the result and used as parents.
-        warm_start: name (in `database`) or folder of another run over an equal space; its ten best
-            are proposed after the baselines. It must not have gone on when this run is resumed.
+        warm_start: name (in `database`) or folder of another run over an equal space or one of its
+            kind (see `searchlab.warm_start.best_of_run`); its ten best are proposed after the
+            baselines. A run that is resumed keeps those that it began with.
         predictor: folder of an earlier search's predictor to begin with; the search is then guided.
         refit: "never" = it stays as it is, "warm" = fits begin at it, "scratch" = it chooses until
             the first fit, which forgets it.
