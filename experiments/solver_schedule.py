@@ -81,8 +81,8 @@ class SolverScheduleOptions:
     target: float | None = _option(None, "a value that is good enough to stop")
     warm_start: str | None = _option(
         None,
-        "name or folder of another run, whose best are proposed first; steps are put in or taken out "
-        "where its numbers of calls are others",
+        "name or folder of another run, whose best are proposed first; where its numbers of calls "
+        "are others, steps are put in or taken out",
     )
     samples: int | None = _option(None, "samples per evaluation")
     held_out: int | None = _option(None, "samples per bank of the selection and report splits")

@@ -15,9 +15,9 @@ from searchlab.errors import SpaceError, StudyError
 if TYPE_CHECKING:
     from searchlab.study import Store
 
-__all__ = ["keep_seeds", "kept_seeds", "seeds_of_runs", "with_kept_seeds"]
+__all__ = ["META", "keep_seeds", "kept_seeds", "replaced", "seeds_of_runs", "with_kept_seeds"]
 
-_META = "warm_seeds"
+META = "warm_seeds"
 _FROM_RUN = "seed:"
 
 
@@ -31,12 +31,12 @@ def keep_seeds(config: SearchConfig, store: Store) -> None:
     """Notes the seeds of the last stage that another run found, unless that was done."""
     stage = config.stages[-1]
     rows = seeds_of_runs(stage)
-    if not rows or store.get_meta(_META) is not None:
+    if not rows or store.get_meta(META) is not None:
         return
     assert stage.seeds is not None
     packed = stage.space.pack(stage.seeds.population.take(rows))
     origin = [stage.seeds.origin[row] for row in rows]
-    store.set_meta(_META, {"genotypes": [row.hex() for row in packed], "origin": origin})
+    store.set_meta(META, {"genotypes": [row.hex() for row in packed], "origin": origin})
 
 
 def kept_seeds(note: Any, stage: Stage) -> Seeds | None:
@@ -56,29 +56,40 @@ def kept_seeds(note: Any, stage: Stage) -> Seeds | None:
 
 
 def with_kept_seeds(config: SearchConfig, database: str | Path, name: str) -> SearchConfig:
-    """The configuration with the seeds that the run of this name was opened with.
-
-    They take the place of those of the same earlier run, whose best may be others by now.
+    """The configuration with the seeds that a run was opened with, if there is one of this name.
 
     Raises:
-        StudyError: what the run keeps cannot be read.
+        StudyError: see `replaced`.
     """
     from searchlab.study import Database
 
-    stage = config.stages[-1]
-    rows = seeds_of_runs(stage)
-    if not rows:
+    if not seeds_of_runs(config.stages[-1]):
         return config
     with Database(database) as base:
         try:
             store = base.read(name)
         except StudyError:  # there is no such run yet; whatever else is wrong, opening it says
             return config
-        note = store.get_meta(_META)
+        note = store.get_meta(META)
         store.close("")
+    return replaced(config, note)
+
+
+def replaced(config: SearchConfig, note: Any) -> SearchConfig:
+    """The configuration with the seeds that a run has noted.
+
+    They take the place of those of the same earlier run, whose best may be others by now.
+
+    Raises:
+        StudyError: what the run keeps cannot be read.
+    """
+    stage = config.stages[-1]
+    rows = seeds_of_runs(stage)
     kept = kept_seeds(note, stage)
+    if not rows or kept is None:
+        return config
     assert stage.seeds is not None
-    if kept is None or _runs(kept.origin) != _runs(stage.seeds.origin[row] for row in rows):
+    if _runs(kept.origin) != _runs(stage.seeds.origin[row] for row in rows):
         return config
     rest = np.setdiff1d(np.arange(len(stage.seeds.origin)), rows)
     others = Seeds(stage.seeds.population.take(rest), tuple(stage.seeds.origin[i] for i in rest))

@@ -174,6 +174,7 @@ def open_config(
     Raises:
         StudyError: a run that was made from Python; only the code that made it can go on with it.
     """
+    from searchlab._kept_seeds import META, replaced
     from searchlab.prior import kept_prior, with_prior
     from searchlab.study import Database
 
@@ -182,7 +183,7 @@ def open_config(
         store = base.read(address.name)
         recipe_name, options = store.get_meta("recipe"), store.get_meta("options")
         pace, prior = store.get_meta("pace"), store.get_meta("prior")
-        warm_start, kept = store.get_meta("warm_start"), store.get_meta("warm_seeds")
+        warm_start, kept = store.get_meta("warm_start"), store.get_meta(META)
         store.close("")
     finally:
         base.close()
@@ -195,6 +196,7 @@ def open_config(
     values = options_from(recipe, {**(options or {}), **(changes or {})})
     with looking(not going_on):
         config = recipe.build(values)
+    config = replaced(config, kept)
     if warm_start is not None:
         from searchlab.warm_start import with_warm_start
 

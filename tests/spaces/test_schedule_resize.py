@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from searchlab.errors import ConfigError
 from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
 from searchlab.population import Population
 from searchlab.recipes import load_recipe
+from searchlab.result import Result
 from searchlab.runs import find_run, open_config, run_recipe
+from searchlab.search import verify
 from searchlab.space import space_from_json
 from searchlab.spaces.solver_schedule.noise_schedule import Edm, Flow, VpDiscrete, VpLinear
 from searchlab.spaces.solver_schedule.space import ScheduleRange, SolverScheduleSpace
+from searchlab.study import Database
 from searchlab.testing.space import random_population
 from searchlab.warm_start import best_of_run
 
@@ -143,33 +147,35 @@ def test_a_recipe_begins_with_schedules_of_other_numbers_of_calls(six: Path) -> 
     assert (seen < unseen).sum() >= 10
 
 
-def test_a_run_that_began_so_goes_on(six: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("solver_schedule")
-    options = SolverScheduleOptions(
-        preset="guided",
-        problem="mixture",
-        nfe="7",
-        budget=12,
-        samples=128,
-        held_out=64,
-        warm_start=str(six),
-    )
-    out = tmp_path / "seven"
-    first = run_recipe(recipe, options, name="seven", out=out, database=str(out / "runs.db"))
-    again = open_config(find_run(str(out)), changes={"budget": 20}, going_on=True)
-    second = run_recipe(
-        recipe,
-        again.options,
-        name="seven",
-        out=out,
-        database=str(out / "runs.db"),
-        config=again.config,
-    )
-    assert first.records is not None
-    assert second.records is not None
-    own = {text for text in second.records.origin if text.startswith("seed:six")}
-    assert len(own) == 10
+def test_a_run_that_began_so_goes_on_after_the_earlier_one_did(tmp_path: Path) -> None:
+    recipe, database = load_recipe("solver_schedule"), str(tmp_path / "runs.db")
+    common: dict[str, Any] = {"preset": "guided", "problem": "mixture", "samples": 128}
+
+    def going_on(name: str, budget: int) -> Result:
+        again = open_config(find_run(str(tmp_path / name)), changes={"budget": budget})
+        options, out = again.options, tmp_path / name
+        return run_recipe(
+            recipe, options, name=name, out=out, database=database, config=again.config
+        )
+
+    def begun(name: str, **more: Any) -> Result:
+        options = SolverScheduleOptions(**common, held_out=64, **more)
+        return run_recipe(recipe, options, name=name, out=tmp_path / name, database=database)
+
+    begun("five", nfe="5", budget=8)
+    first = begun("six", nfe="6", budget=10, warm_start=str(tmp_path / "five"))
+    going_on("five", 60)
+    second = going_on("six", 20)
+    origins = []
+    for result in (first, second):
+        assert result.records is not None
+        origins.append({text for text in result.records.origin if text.startswith("seed:five")})
+    assert len(origins[0]) == 10
+    assert origins[0] == origins[1]
     assert second.counts["evaluations"] == 20
+    config = open_config(find_run(str(tmp_path / "six"))).config
+    with Database(database) as base:
+        assert not verify(config, base.read("six"))
 
 
 def test_a_run_of_something_else_is_refused(tmp_path: Path) -> None:
