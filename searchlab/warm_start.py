@@ -23,7 +23,7 @@ from searchlab.space import Space
 
 __all__ = ["best_of_run", "with_warm_start"]
 
-_MOST = 4096  # rows of another space that are looked at
+_MOST = 4096  # rows of another space that are looked at where ten are wanted in all
 _SHOWN = 200  # letters of a space's variables in a message
 
 
@@ -128,7 +128,8 @@ def _carried_over(
     answers: Answers, space: Space, k: int, per: str | None, evaluator: Evaluator | None
 ) -> Seeds:
     """The k best candidates of another space that this one can hold, of every group."""
-    order = best_rows(answers, min(_MOST, len(answers.origin)), None, ("",))
+    most = _MOST if per is None else len(answers.origin)  # the last group may be the worst
+    order = best_rows(answers, most, None, ("",))
     ranked = answers.population.take(order)
     if isinstance(space, Adopts):
         found = space.adopted(answers.space, ranked, k)

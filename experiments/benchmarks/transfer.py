@@ -12,8 +12,8 @@ calls, then of 8 (problem `mixture`); `models`: schedules of 6 calls for a small
 then for one 2.7 times as wide. Both from scratch, with the ten best of the first search, and with
 its predictor beside them: evaluations to the error that the search from scratch ends with (one more
 than there are = never), those to what it has after half of them, and the error at the end of as
-many. What was begun with counts. Schedules of 6 calls get two steps more on the
-way, as with every warm start, where the new problem's signal of few samples is lowest.
+many. What was begun with counts. Schedules of 6 calls get two steps more on the way, as with every
+warm start, where the new problem's signal of few samples is lowest.
 
 Seconds are CPU time of the whole second search, fits and signals included. NAS-Bench-201 is read
 below $SEARCHLAB_DATA; its cases are skipped where it is not. With `--folder` finished seeds of
@@ -67,6 +67,7 @@ __all__ = ["main"]
 
 Floats = NDArray[np.float64]
 PARTS = ("order", "cells", "calls", "models")
+SEEDS = 15  # of searches for schedules: five say little, as their errors differ by a fifth
 MOST, TOP = 100, 16
 FROM, TO = "6", "8"
 
@@ -355,7 +356,7 @@ def _runs(
 ) -> list[dict[str, Any]]:
     """What every seed came to, from the folder or measured now."""
     options, runs = journal.options, []
-    for seed in range(1 if options.quick else 5):
+    for seed in range(1 if options.quick else SEEDS):
         file = None if options.folder is None else options.folder / f"{part} {seed}.json"
         if file is not None and file.exists():
             runs.append(json.loads(file.read_text("utf-8")))
