@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +174,7 @@ def open_config(
     Raises:
         StudyError: a run that was made from Python; only the code that made it can go on with it.
     """
-    from searchlab._kept_seeds import META, replaced
+    from searchlab._kept_seeds import META
     from searchlab.prior import kept_prior, with_prior
     from searchlab.study import Database
 
@@ -194,9 +194,13 @@ def open_config(
         )
     recipe = load_recipe(recipe_name)
     values = options_from(recipe, {**(options or {}), **(changes or {})})
+    # What a run keeps of an earlier one stands for it: that one may have gone on, or be gone.
+    own = getattr(values, "warm_start", None) if kept is not None else None
     with looking(not going_on):
-        config = recipe.build(values)
-    config = replaced(config, kept)
+        config = recipe.build(values if own is None else replace(values, warm_start=None))
+    if own is not None:
+        config = replace(config, options=asdict(values))
+        warm_start = own
     if warm_start is not None:
         from searchlab.warm_start import with_warm_start
 

@@ -506,14 +506,25 @@ def search(
             if not feasible[row]:
                 raise ConfigError(f"baseline {key!r} is not allowed by the space")
         seeds = Seeds(population, tuple(f"baseline:{key}" for key in baselines))
+    place: tuple[Path, str] | None = None
+    if out is not None or database is not None:
+        folder = Path(out) if out is not None else Path("runs") / name
+        place = folder, str(database if database is not None else folder / "searchlab.db")
     if warm_start is not None:
+        from searchlab._kept_seeds import kept_seeds, noted
         from searchlab.warm_start import best_of_run
 
         names = [o.name for o in evaluator.objectives]
         of = evaluator.objectives
         if steer in names:
             of = (of[names.index(steer)],)
-        warm = best_of_run(warm_start, space, of, database=database, evaluator=evaluator)
+        try:
+            warm = best_of_run(warm_start, space, of, database=database, evaluator=evaluator)
+        except ConfigError:  # it is gone: the run that is to go on keeps what it began with
+            kept = None if place is None else kept_seeds(noted(place[1], name), space)
+            if kept is None:
+                raise
+            warm = kept
         seeds = warm if seeds is None else seeds.joined(warm)
     stage = Stage("search", space, evaluator, spec, limit, seeds=seeds, steer=steer)
     expand: Callable[[Stage], tuple[Stage, ...]] | None = getattr(spec.kind(), "expand", None)
@@ -528,12 +539,11 @@ def search(
     with ExitStack() as stack:
         if stop_grace is not None:
             executor = stack.enter_context(Interruption(stop_grace).listening()).guard(executor)
-        if out is None and database is None:
+        if place is None:
             return run(config, executor=executor, callbacks=callbacks)
         from searchlab.runs import run_in_database
 
-        folder = Path(out) if out is not None else Path("runs") / name
-        base = str(database) if database is not None else str(folder / "searchlab.db")
+        folder, base = place
         return run_in_database(
             config,
             name=name,

@@ -184,7 +184,7 @@ def with_warm_start(config: SearchConfig, run: str | Path, *, kept: Any = None) 
     """
     stage = config.stages[-1]
     of = stage.evaluator.objectives
-    seeds = kept_seeds(kept, stage)
+    seeds = kept_seeds(kept, stage.space)
     if seeds is None:
         wanted = of if stage.trades else (of[stage.main],)
         seeds = best_of_run(run, stage.space, wanted, evaluator=stage.evaluator)

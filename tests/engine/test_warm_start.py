@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def test_another_earlier_run_is_another_configuration(tmp_path: Path) -> None:
         search(SPACE, value, warm_start=tmp_path / "other", **settings)
     with pytest.raises(StudyError, match="seeds"):
         search(SPACE, value, **settings)
+
+
+def test_a_run_goes_on_without_the_earlier_one(tmp_path: Path) -> None:
+    _first(tmp_path)
+    settings: dict[str, Any] = {
+        "warm_start": tmp_path / "first",
+        "out": tmp_path / "second",
+        "name": "second",
+    }
+    part = search(SPACE, value, budget=12, **settings)
+    shutil.rmtree(tmp_path / "first")
+    whole = search(SPACE, value, budget=20, **settings)
+    assert whole.records.trace()[0][: len(part.records)] == part.records.trace()[0]
+    with pytest.raises(ConfigError, match="no run"):
+        search(SPACE, value, budget=12, warm_start=tmp_path / "first", name="third")
 
 
 def test_damaged_seeds_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from searchlab.errors import ConfigError
+from searchlab.errors import ConfigError, StudyError
 from searchlab.experiments.solver_schedule import SolverScheduleOptions, build
 from searchlab.population import Population
 from searchlab.recipes import load_recipe
@@ -173,9 +173,28 @@ def test_a_run_that_began_so_goes_on_after_the_earlier_one_did(tmp_path: Path) -
     assert len(origins[0]) == 10
     assert origins[0] == origins[1]
     assert second.counts["evaluations"] == 20
+    with Database(database) as base:  # as if it had never been
+        run = base.open_run(**_opened(base, "five"))
+        run.set_meta("layout", {})
+        run.close("failed")
+    with pytest.raises(StudyError, match="damaged"):
+        begun("seven", nfe="7", budget=10, warm_start=str(tmp_path / "five"))
+    assert going_on("six", 25).counts["evaluations"] == 25
     config = open_config(find_run(str(tmp_path / "six"))).config
     with Database(database) as base:
         assert not verify(config, base.read("six"))
+
+
+def _opened(base: Database, name: str) -> dict[str, Any]:
+    run = base.read(name)
+    run.close("")
+    return {
+        "name": name,
+        "config": run.config,
+        "space": run.space,
+        "seed": run.seed,
+        "out": "",
+    }
 
 
 def test_a_run_of_something_else_is_refused(tmp_path: Path) -> None:
