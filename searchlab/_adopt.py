@@ -36,7 +36,8 @@ class Adopts(Protocol):
         """Candidates of an earlier space of the same variables as this space's own.
 
         Args:
-            earlier: its variables; budgets and a domain's own forms may be left out.
+            earlier: of the same names and kinds of variables; budgets and a domain's own forms may
+                be left out.
             population: candidates of it, the best first.
             k: so many of each group are wanted.
 

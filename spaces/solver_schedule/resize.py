@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchlab._adopt import Adopted, recoded
-from searchlab.errors import SpaceError
 from searchlab.population import Population
 from searchlab.space import Space
 from searchlab.spaces.solver_schedule.space import SolverScheduleSpace
@@ -34,12 +33,7 @@ def adopted(space: SolverScheduleSpace, earlier: Space, population: Population, 
 
     Args:
         space, earlier, population, k: see `searchlab._adopt.Adopts`.
-
-    Raises:
-        SpaceError: the earlier space has other variables.
     """
-    if "points" not in earlier.variables:
-        raise SpaceError(f"{earlier!r}; allowed: solver schedules")
     wide, rows, schedules = _widened(space, earlier, population)
     calls = _calls(wide, schedules)
     found: list[Population] = []

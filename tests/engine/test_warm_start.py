@@ -32,6 +32,11 @@ def _first(folder: Path, **more: Any) -> Any:
     return search(SPACE, value, budget=80, seed=3, name="first", out=folder / "first", **more)
 
 
+def _second(folder: Path) -> dict[str, Any]:
+    """Settings of a run that begins with the best of the first."""
+    return {"warm_start": folder / "first", "out": folder / "second", "name": "second"}
+
+
 @pytest.mark.parametrize("direction", ["min", "max"])
 def test_the_best_of_a_run_come_first(tmp_path: Path, direction: Any) -> None:
     old = _first(tmp_path, direction=direction)
@@ -68,12 +73,7 @@ def test_values_of_the_same_evaluator_are_shared(tmp_path: Path) -> None:
 
 def test_a_baseline_stays_in_front_and_a_resume_asks_for_the_same(tmp_path: Path) -> None:
     _first(tmp_path)
-    settings: dict[str, Any] = {
-        "baselines": {"zero": {"x": [7] * 10}},
-        "warm_start": tmp_path / "first",
-        "out": tmp_path / "second",
-        "name": "second",
-    }
+    settings = {"baselines": {"zero": {"x": [7] * 10}}, **_second(tmp_path)}
     part = search(SPACE, value, budget=8, **settings)
     assert part.records.origin[0] == "baseline:zero"
     whole = search(SPACE, value, budget=20, **settings)
@@ -104,11 +104,7 @@ def test_what_cannot_be_a_start_is_refused(tmp_path: Path) -> None:
 def test_a_run_goes_on_from_the_seeds_that_it_was_opened_with(tmp_path: Path) -> None:
     """The earlier run may have found better ones by then."""
     _first(tmp_path)
-    settings: dict[str, Any] = {
-        "warm_start": tmp_path / "first",
-        "out": tmp_path / "second",
-        "name": "second",
-    }
+    settings = _second(tmp_path)
     part = search(SPACE, value, budget=12, **settings)
     more = search(SPACE, value, budget=300, seed=3, name="first", out=tmp_path / "first")
     best = np.sort(more.records.values[:, 0])[:10].tolist()
@@ -133,11 +129,7 @@ def test_another_earlier_run_is_another_configuration(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_without_the_earlier_one(tmp_path: Path) -> None:
     _first(tmp_path)
-    settings: dict[str, Any] = {
-        "warm_start": tmp_path / "first",
-        "out": tmp_path / "second",
-        "name": "second",
-    }
+    settings = _second(tmp_path)
     part = search(SPACE, value, budget=12, **settings)
     shutil.rmtree(tmp_path / "first")
     whole = search(SPACE, value, budget=20, **settings)
@@ -148,11 +140,7 @@ def test_a_run_goes_on_without_the_earlier_one(tmp_path: Path) -> None:
 
 def test_damaged_seeds_are_named(tmp_path: Path) -> None:
     _first(tmp_path)
-    settings: dict[str, Any] = {
-        "warm_start": tmp_path / "first",
-        "out": tmp_path / "second",
-        "name": "second",
-    }
+    settings = _second(tmp_path)
     search(SPACE, value, budget=12, **settings)
     with Database(tmp_path / "second" / "searchlab.db") as base:
         name, config, space, seed = _opened(base)
